@@ -3,10 +3,10 @@
     python benchmarks/kernels.py [--shape 2048x8192] [--dtype bfloat16] [--density 1.0 0.5] [--isa avx512] [--json]
 
 The read bandwidth of the machine is printed first; the column "read" is the one measured between the calls of that line,
-and the ceiling of its share. Calls go through the C interface, as the native decode step does; what the Python layer adds
-to a call is measured at the end, on a tiny matrix. Every kernel is compared with the float32 oracle
-before it is timed. Weights rotate through buffers far larger than any cache, and the kept set changes at every call. The
-last line is JSON.
+and the ceiling of its share. Calls go through the C interface, eight in a row on other weights, as a decode step makes
+them; what the Python layer adds to a call is measured at the end, on a tiny matrix. Every kernel is compared with the
+float32 oracle before it is timed. Weights rotate through buffers far larger than any cache, and the kept set changes at
+every call. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import time
 import timeit
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,9 +30,11 @@ DENSITIES = (1.0, 0.7, 0.5, 0.3, 0.1)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POOL_BYTES = 1 << 30
 KEPT_SETS = 7
+CALLS_IN_A_ROW = 8
 DROP = 3e38  # a threshold that nothing reaches
 
 Call = Callable[[int], Tensor]
+Bound = Callable[[int], Callable[[], None]]
 Rates = tuple[float, float, float]
 
 
@@ -62,35 +65,37 @@ def check(name: str, found: Tensor, expected: Tensor) -> None:
         raise SystemExit(f"{name}: wrong result, error {(found - expected).abs().max():.3g}, bound {bound:.3g}")
 
 
-def rates(call: Call, needed: int, seconds: float, weights: list[Tensor]) -> tuple[Rates, float]:
-    """Median, 10th and 90th percentile GB/s of single calls, and the median GB/s of plain reads between them.
+def rates(bound: Bound, needed: int, seconds: float, weights: list[Tensor]) -> tuple[Rates, float]:
+    """Median, 10th and 90th percentile GB/s of rows of calls, and the median GB/s of plain reads between them.
 
-    The read bandwidth of a shared machine drifts within seconds, so each call is paired with a read of another buffer of
-    the same pool; that also leaves nothing of this call's weights in the caches.
+    The read bandwidth of a shared machine drifts within seconds, so each row of calls is paired with a read of another
+    buffer of the same pool; that also leaves nothing of these calls' weights in the caches.
     """
     lib = kernels.cpu.library()
     found, read = [], []
     end = time.perf_counter() + seconds
     i = 0
     while time.perf_counter() < end or len(found) < 16:
-        other = weights[(3 * i + 7) % len(weights)]  # calls use 3 i to 3 i + 2
+        other = weights[(3 * i + 16) % len(weights)]  # a call uses 3 i to 3 i + 2: last used 16 buffers ago
+        calls = [bound(i + k) for k in range(CALLS_IN_A_ROW)]
         start = time.perf_counter()
         lib.as_read(other.data_ptr(), other.nbytes)
         middle = time.perf_counter()
-        call(i)
+        for call in calls:
+            call()
         stop = time.perf_counter()
-        if i >= 3:
+        if i:
             read.append(other.nbytes / (middle - start) / 1e9)
-            found.append(needed / (stop - middle) / 1e9)
-        i += 1
+            found.append(CALLS_IN_A_ROW * needed / (stop - middle) / 1e9)
+        i += CALLS_IN_A_ROW
     deciles = statistics.quantiles(found, n=10)
     return (statistics.median(found), deciles[0], deciles[-1]), statistics.median(read)
 
 
 def cases(
     hidden: int, neurons: int, dtype: torch.dtype, density: float, weights: list[Tensor]
-) -> list[tuple[str, Call, int, Call]]:
-    """(name, native call, bytes needed, oracle call) of the three kernels; weights are [neurons, hidden] storage."""
+) -> list[tuple[str, Bound, Tensor, int, Call]]:
+    """(name, native call, its result, bytes needed, oracle call) of each kernel; weights are [neurons, hidden] storage."""
     count, lib = len(weights), kernels.cpu.library()
     kept = round(density * neurons)
     row, code = hidden * dtype.itemsize, kernels.cpu.DTYPES[dtype]
@@ -101,38 +106,37 @@ def cases(
     by_columns = [kernels.matrix_of(weight.T) for weight in weights]
     by_rows = [kernels.matrix_of(weight) for weight in weights]
     blocks = [
-        kernels.ffn_of(
-            weights[i],
-            weights[(i + 1) % count],
-            weights[(i + 2) % count].T,
-            activation="silu",
-            gate_threshold=thresholds[0],
-        )
+        [
+            kernels.ffn_of(
+                weights[i],
+                weights[(i + 1) % count],
+                weights[(i + 2) % count].T,
+                activation="silu",
+                gate_threshold=threshold,
+            )
+            for threshold in thresholds
+        ]
         for i in range(count)
     ]
 
-    def columns(i: int) -> Tensor:
-        matrix, threshold = by_columns[3 * i % count], thresholds[i % KEPT_SETS]
-        lib.as_linear(matrix, threshold.data_ptr(), x_neurons.data_ptr(), y_hidden.data_ptr(), 1, code, None)
-        return y_hidden
+    def columns(i: int) -> Callable[[], None]:
+        matrix, threshold = by_columns[3 * i % count], thresholds[i % KEPT_SETS].data_ptr()
+        return partial(lib.as_linear, matrix, threshold, x_neurons.data_ptr(), y_hidden.data_ptr(), 1, code, None)
 
     def columns_oracle(i: int) -> Tensor:
         return kernels.reference.linear(x_neurons, weights[3 * i % count].T, None, thresholds[i % KEPT_SETS])
 
-    def rows(i: int) -> Tensor:
-        matrix, names = by_rows[3 * i % count], lists[i % KEPT_SETS]
-        lib.as_linear_rows(matrix, names.data_ptr(), kept, x_hidden.data_ptr(), y_neurons.data_ptr(), 1, code, None)
-        return y_neurons
+    def rows(i: int) -> Callable[[], None]:
+        matrix, names, x, y = by_rows[3 * i % count], lists[i % KEPT_SETS], x_hidden.data_ptr(), y_neurons.data_ptr()
+        return partial(lib.as_linear_rows, matrix, names.data_ptr(), kept, x, y, 1, code, None)
 
     def rows_oracle(i: int) -> Tensor:
         whole = kernels.reference.linear(x_hidden, weights[3 * i % count])
         return torch.where(thresholds[i % KEPT_SETS] == 0, whole, 0.0)
 
-    def ffn(i: int) -> Tensor:
-        block = blocks[3 * i % count]
-        block.gate_threshold = thresholds[i % KEPT_SETS].data_ptr()
-        lib.as_ffn_forward(block, x_hidden.data_ptr(), y_hidden.data_ptr(), 1, code, None)
-        return y_hidden
+    def ffn(i: int) -> Callable[[], None]:
+        block = blocks[3 * i % count][i % KEPT_SETS]
+        return partial(lib.as_ffn_forward, block, x_hidden.data_ptr(), y_hidden.data_ptr(), 1, code, None)
 
     def ffn_oracle(i: int) -> Tensor:
         gate, up, down = (weights[(3 * i + k) % count] for k in range(3))
@@ -140,9 +144,9 @@ def cases(
         return kernels.reference.gated_ffn(x_hidden, gate, up, down.T, activation="silu", gate_threshold=threshold)
 
     return [
-        ("columns", columns, kept * row, columns_oracle),
-        ("rows", rows, kept * row, rows_oracle),
-        ("ffn", ffn, (neurons + 2 * kept) * row, ffn_oracle),
+        ("columns", columns, y_hidden, kept * row, columns_oracle),
+        ("rows", rows, y_neurons, kept * row, rows_oracle),
+        ("ffn", ffn, y_hidden, (neurons + 2 * kept) * row, ffn_oracle),
     ]
 
 
@@ -190,11 +194,12 @@ def main() -> None:
                 moved = kernels.use_huge_pages(*weights)
                 say(f"{shape}: {moved / sum(weight.nbytes for weight in weights):.0%} of the weights on huge pages")
             for density in options.density:
-                for name, call, needed, oracle in cases(hidden, neurons, dtype, density, weights):
+                for name, bound, result, needed, oracle in cases(hidden, neurons, dtype, density, weights):
                     if name not in options.kernel:
                         continue
-                    check(name, call(1), oracle(1))
-                    (median, low, high), read = rates(call, needed, options.seconds, weights)
+                    bound(1)()
+                    check(name, result, oracle(1))
+                    (median, low, high), read = rates(bound, needed, options.seconds, weights)
                     share = median / read
                     say(
                         f"{name:8} {shape:>11} {dtype_name:>9} {density:7.2f} {median:6.1f} {low:6.1f} {high:6.1f} "

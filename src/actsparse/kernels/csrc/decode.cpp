@@ -75,6 +75,7 @@ void attend(const as_decoder& d, const as_layer& l, int64_t position, float* q, 
           float* const head = query + i * d.head_dim;
           if (l.q_norm.weight) normalise(l.q_norm, head, d.head_dim, head);
           rotate(d, position, head);
+          isa.arrange(d.cache_dtype, head, d.head_dim);
         }
         isa.dot_rows(d.cache_dtype, keys, d.head_dim, nullptr, begin, count, query, d.head_dim, n, d.head_dim, scores,
                      score_stride);

@@ -110,7 +110,7 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   int64_t kept = c.count;
   if (gate_threshold) {
     int32_t* const where = arena().take<int32_t>(c.count + 16);
-    kept = isa.keep(g, g_stride, gate_threshold, batch, c.count, where);
+    kept = isa.keep(g, g_stride, gate_threshold, batch, c.count, where, nullptr);
     position = neuron = where;
     if (c.list) {
       int32_t* const named = arena().take<int32_t>(kept);

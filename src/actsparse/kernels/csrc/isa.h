@@ -6,7 +6,9 @@
 struct IsaOps {
   const char* name;
   int lanes;
-  // out[b * out_stride + j] = row(j) . x[b]; row(j) is stored row idx[j], or first + j when idx is NULL.
+  // Puts x into the order in which dot_rows reads it for weights of this type, in place.
+  void (*arrange)(int32_t dtype, float* x, int64_t n);
+  // out[b * out_stride + j] = row(j) . x[b]; row(j) is stored row idx[j], or first + j when idx is NULL. x is arranged.
   void (*dot_rows)(int32_t dtype, const void* data, int64_t stride, const int32_t* idx, int64_t first, int64_t count,
                    const float* x, int64_t x_stride, int64_t batch, int64_t length, float* out, int64_t out_stride);
   // acc[b * acc_stride + o] += sum over j of coef[b * coef_stride + j] * row(j)[o], in the order of j.
@@ -16,8 +18,10 @@ struct IsaOps {
   void (*widen)(int32_t dtype, const void* from, float* to, int64_t n);
   void (*narrow)(int32_t dtype, const float* from, void* to, int64_t n);
   void (*activate)(int32_t kind, float* x, int64_t n);
-  // Writes the positions i < n where any batch row has not (|v| < threshold[i]); returns how many. `idx` needs n + 16.
-  int64_t (*keep)(const float* v, int64_t v_stride, const float* threshold, int64_t batch, int64_t n, int32_t* idx);
+  // Writes the positions i < n where any batch row has not (|v| < threshold[i]); returns how many. At batch 1 also the values
+  // there, unless `values` is NULL. Both need room for n + 16.
+  int64_t (*keep)(const float* v, int64_t v_stride, const float* threshold, int64_t batch, int64_t n, int32_t* idx,
+                  float* values);
   void (*normalise)(int32_t kind, const float* x, const float* weight, const float* bias, float eps, int64_t n, float* y);
   void (*softmax)(float* x, float scale, int64_t n);
   uint64_t (*read)(const void* data, int64_t bytes);

@@ -23,6 +23,22 @@ struct Vec {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
   }
   static V load(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static constexpr bool pairs = true;
+  static void load_pairs(const Bf16* p, V* even, V* odd) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(int(0xffff0000u))));
+  }
+  static void split(V a, V b, V* even, V* odd) {
+    const V low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    *even = _mm256_shuffle_ps(low, high, 0x88);
+    *odd = _mm256_shuffle_ps(low, high, 0xdd);
+  }
+  static void join(V even, V odd, V* a, V* b) {
+    const V low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    *a = _mm256_permute2f128_ps(low, high, 0x20);
+    *b = _mm256_permute2f128_ps(low, high, 0x31);
+  }
   template <typename T>
   static V load_tail(const T* p, int n) {
     T buffer[lanes] = {};
@@ -44,16 +60,20 @@ struct Vec {
   }
   static uint16_t to_f16(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
 
-  static int64_t keep(const float* v, const float* threshold, int64_t n, int32_t* idx) {
+  static int64_t keep(const float* v, const float* threshold, int64_t n, int32_t* idx, float* values = nullptr) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     int64_t count = 0, i = 0;
     for (; i + lanes <= n; i += lanes) {
       const __m256 magnitude = _mm256_andnot_ps(sign, _mm256_loadu_ps(v + i));
       unsigned mask = unsigned(_mm256_movemask_ps(_mm256_cmp_ps(magnitude, _mm256_loadu_ps(threshold + i), _CMP_NLT_UQ)));
-      for (; mask; mask &= mask - 1) idx[count++] = int32_t(i) + __builtin_ctz(mask);
+      for (; mask; mask &= mask - 1, ++count) {
+        idx[count] = int32_t(i) + __builtin_ctz(mask);
+        if (values) values[count] = v[idx[count]];
+      }
     }
     for (; i < n; ++i) {
       idx[count] = int32_t(i);
+      if (values) values[count] = v[i];
       count += !(__builtin_fabsf(v[i]) < threshold[i]);
     }
     return count;

@@ -24,6 +24,20 @@ struct Vec {
   static V load(const F16* p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
   }
+  static constexpr bool pairs = true;
+  static void load_pairs(const Bf16* p, V* even, V* odd) {
+    const uint32x4_t raw = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+    *even = vreinterpretq_f32_u32(vshlq_n_u32(raw, 16));
+    *odd = vreinterpretq_f32_u32(vandq_u32(raw, vdupq_n_u32(0xffff0000u)));
+  }
+  static void split(V a, V b, V* even, V* odd) {
+    *even = vuzp1q_f32(a, b);
+    *odd = vuzp2q_f32(a, b);
+  }
+  static void join(V even, V odd, V* a, V* b) {
+    *a = vzip1q_f32(even, odd);
+    *b = vzip2q_f32(even, odd);
+  }
   template <typename T>
   static V load_tail(const T* p, int n) {
     T buffer[lanes] = {};
@@ -45,10 +59,11 @@ struct Vec {
     __builtin_memcpy(&u, &h, 2);
     return u;
   }
-  static int64_t keep(const float* v, const float* threshold, int64_t n, int32_t* idx) {
+  static int64_t keep(const float* v, const float* threshold, int64_t n, int32_t* idx, float* values = nullptr) {
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
       idx[count] = int32_t(i);
+      if (values) values[count] = v[i];
       count += !(__builtin_fabsf(v[i]) < threshold[i]);
     }
     return count;

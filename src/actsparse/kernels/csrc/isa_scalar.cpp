@@ -37,6 +37,7 @@ struct Vec {
     return f;
   }
 
+  static constexpr bool pairs = false;
   static V zero() { return V{}; }
   static V set1(float f) {
     V v;
@@ -89,10 +90,11 @@ struct Vec {
     return uint16_t(sign | ((rounded - (112u << 23)) >> 13));
   }
 
-  static int64_t keep(const float* v, const float* threshold, int64_t n, int32_t* idx) {
+  static int64_t keep(const float* v, const float* threshold, int64_t n, int32_t* idx, float* values = nullptr) {
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
       idx[count] = int32_t(i);
+      if (values) values[count] = v[i];
       count += !(__builtin_fabsf(v[i]) < threshold[i]);
     }
     return count;

@@ -1,7 +1,8 @@
 // The algorithms, written once over a small vector type. Each instruction set's file includes this one inside its own
 // anonymous namespace after defining `Vec`:
 //   Vec::lanes, V (the register), zero(), set1(f), load(const T*), load_tail(const T*, n), store(float*, V),
-//   store_tail(float*, V, n), fma(a, b, c) = a * b + c, add(a, b), sum(V), to_f16(float), keep(...)
+//   store_tail(float*, V, n), fma(a, b, c) = a * b + c, add(a, b), sum(V), to_f16(float), keep(...),
+//   pairs; where it is true also load_pairs(const Bf16*, even, odd), split(a, b, even, odd) and join(even, odd, a, b)
 // Nothing from std:: may be used here: an inline std:: function emitted with AVX-512 code could be the copy that the linker
 // keeps for the whole library. For the same reason mathematics goes through builtins and hand-written polynomials.
 
@@ -10,8 +11,52 @@ constexpr int step_of() {  // one 64-byte line of the stored type
   return 64 / int(sizeof(T));
 }
 
-// Streaming many short rows from scattered places defeats the hardware prefetcher: it has to notice each row anew. While one
-// group of rows is worked on, the lines of the next group are requested at the same pace into L2.
+// Two bfloat16 share a 32-bit lane, and each becomes a float by one shift or one mask: half the loads, and no shuffle, of
+// widening them in order. The price is the order: within every 2 W values of the whole lines, the even ones come first and
+// then the odd ones. Activations and accumulators are brought into that order (`arrange`), the weights stay as they are.
+template <typename T>
+constexpr int part_of() {  // vectors that one load yields
+  return 1;
+}
+template <>
+constexpr int part_of<Bf16>() {
+  return Vec::pairs ? 2 : 1;
+}
+
+// X is Vec under a name that depends on the template, because not every Vec has the functions for pairs.
+template <typename T, typename X = Vec>
+inline void load_part(const T* p, typename X::V* v) {
+  if constexpr (part_of<T>() == 2)
+    X::load_pairs(p, v, v + 1);
+  else
+    v[0] = X::load(p);
+}
+
+template <typename T, bool Back, typename X = Vec>
+inline void arrange_t(float* x, int64_t n) {
+  if constexpr (part_of<T>() == 2) {
+    constexpr int W = Vec::lanes;
+    n = n / step_of<T>() * step_of<T>();
+    for (int64_t i = 0; i < n; i += 2 * W) {
+      const Vec::V a = Vec::load(x + i), b = Vec::load(x + i + W);
+      Vec::V first, second;
+      if constexpr (Back)
+        X::join(a, b, &first, &second);
+      else
+        X::split(a, b, &first, &second);
+      Vec::store(x + i, first);
+      Vec::store(x + i + W, second);
+    }
+  } else {
+    (void)x;
+    (void)n;
+  }
+}
+
+// Streaming many short rows from scattered places defeats the hardware prefetcher: it has to notice each row anew. So lines
+// are requested into L2 a fixed way ahead: further along the same rows, and towards their end in the next group of rows.
+constexpr int lines_ahead = 32;
+
 template <typename T>
 inline void request(const T* p) {
   __builtin_prefetch(p, 0, 2);
@@ -25,36 +70,56 @@ struct Rows {
   const T* p[R];
 };
 
+// Calls work(i) for the starts of all whole lines of `length` values, and requests what lies ahead of each.
+template <typename T, int R, typename F>
+inline void for_lines(const Rows<T, R>& rows, const Rows<T, R>& next, int64_t length, F&& work) {
+  constexpr int S = step_of<T>();
+  const int64_t whole = length / S * S, ahead = whole < lines_ahead * S ? whole : lines_ahead * S;
+  int64_t i = 0;
+  for (; i < whole - ahead; i += S) {
+    for (int r = 0; r < R; ++r) request(rows.p[r] + i + ahead);
+    work(i);
+  }
+  for (; i < whole; i += S) {
+    for (int r = 0; r < R; ++r) request(next.p[r] + i + ahead - whole);
+    work(i);
+  }
+}
+
 template <typename T, int R>
-inline Rows<T, R> rows_at(const T* data, int64_t stride, const int32_t* idx, int64_t first, int64_t j) {
+inline Rows<T, R> rows_at(const T* data, int64_t stride, const int32_t* idx, int64_t first, int64_t j, int64_t count) {
   Rows<T, R> rows;
-  for (int r = 0; r < R; ++r) rows.p[r] = data + (idx ? int64_t(idx[j + r]) : first + j + r) * stride;
+  for (int r = 0; r < R; ++r) {
+    const int64_t k = j + r < count ? j + r : count - 1;
+    rows.p[r] = data + (idx ? int64_t(idx[k]) : first + k) * stride;
+  }
   return rows;
 }
 
 template <typename T, int R, int B>
 inline void dot_group(const Rows<T, R>& rows, const Rows<T, R>& next, const float* x, int64_t x_stride, int64_t length,
                       float* out, int64_t out_stride) {
-  constexpr int S = step_of<T>(), W = Vec::lanes, U = S / W;
+  constexpr int S = step_of<T>(), W = Vec::lanes, U = S / W, P = part_of<T>();
   // Two chains per row hide the latency of fma at batch 1; with more batch rows the chains are many enough.
   constexpr int C = (B == 1 && U > 1) ? 2 : 1;
   Vec::V acc[R][B][C];
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b)
       for (int c = 0; c < C; ++c) acc[r][b][c] = Vec::zero();
-  int64_t i = 0;
-  for (; i + S <= length; i += S) {
-    for (int r = 0; r < R; ++r) request(next.p[r] + i);
-    for (int u = 0; u < U; ++u) {
-      Vec::V xv[B];
-      for (int b = 0; b < B; ++b) xv[b] = Vec::load(x + b * x_stride + i + u * W);
+  for_lines(rows, next, length, [&](int64_t i) __attribute__((always_inline)) {
+    for (int u = 0; u < U; u += P) {
+      Vec::V xv[P][B];
+      for (int p = 0; p < P; ++p)
+        for (int b = 0; b < B; ++b) xv[p][b] = Vec::load(x + b * x_stride + i + (u + p) * W);
       for (int r = 0; r < R; ++r) {
-        const Vec::V w = Vec::load(rows.p[r] + i + u * W);
-        for (int b = 0; b < B; ++b) acc[r][b][u % C] = Vec::fma(w, xv[b], acc[r][b][u % C]);
+        Vec::V w[P];
+        load_part(rows.p[r] + i + u * W, w);
+        for (int p = 0; p < P; ++p)
+          for (int b = 0; b < B; ++b) acc[r][b][(u + p) % C] = Vec::fma(w[p], xv[p][b], acc[r][b][(u + p) % C]);
       }
     }
-  }
-  for (; i < length; i += W) {
+  });
+  for (int64_t i = length / S * S; i < length; i += W) {
     const int n = length - i < W ? int(length - i) : W;
     for (int r = 0; r < R; ++r) {
       const Vec::V w = Vec::load_tail(rows.p[r] + i, n);
@@ -90,8 +155,10 @@ inline int64_t dot_rows_by(const T* data, int64_t stride, const int32_t* idx, in
                            const float* x, int64_t x_stride, int64_t batch, int64_t length, float* out,
                            int64_t out_stride) {
   for (; j + R <= count; j += R) {
-    const Rows<T, R> rows = rows_at<T, R>(data, stride, idx, first, j);
-    const Rows<T, R> next = j + 2 * R <= count ? rows_at<T, R>(data, stride, idx, first, j + R) : rows;
+    const Rows<T, R> rows = rows_at<T, R>(data, stride, idx, first, j, count);
+    if (idx) __builtin_prefetch(idx + j + 4 * R);
+    // What is left over after the last whole group is fewer than R rows, the last of them requested again.
+    const Rows<T, R> next = j + R < count ? rows_at<T, R>(data, stride, idx, first, j + R, count) : rows;
     dot_batch<T, R>(rows, next, x, x_stride, batch, length, out + j, out_stride);
   }
   return j;
@@ -109,25 +176,27 @@ void dot_rows_t(const T* data, int64_t stride, const int32_t* idx, int64_t first
 template <typename T, int R, int B>
 inline void add_group(const Rows<T, R>& rows, const Rows<T, R>& next, const float* coef, int64_t coef_stride,
                       int64_t length, float* acc, int64_t acc_stride) {
-  constexpr int S = step_of<T>(), W = Vec::lanes, U = S / W;
+  constexpr int S = step_of<T>(), W = Vec::lanes, U = S / W, P = part_of<T>();
   Vec::V c[B][R];
   for (int b = 0; b < B; ++b)
     for (int r = 0; r < R; ++r) c[b][r] = Vec::set1(coef[b * coef_stride + r]);
-  int64_t i = 0;
-  for (; i + S <= length; i += S) {
-    for (int r = 0; r < R; ++r) request(next.p[r] + i);
-    for (int u = 0; u < U; ++u) {
+  for_lines(rows, next, length, [&](int64_t i) __attribute__((always_inline)) {
+    for (int u = 0; u < U; u += P) {
       const int64_t k = i + u * W;
-      Vec::V a[B];
-      for (int b = 0; b < B; ++b) a[b] = Vec::load(acc + b * acc_stride + k);
+      Vec::V a[P][B];
+      for (int p = 0; p < P; ++p)
+        for (int b = 0; b < B; ++b) a[p][b] = Vec::load(acc + b * acc_stride + k + p * W);
       for (int r = 0; r < R; ++r) {
-        const Vec::V w = Vec::load(rows.p[r] + k);
-        for (int b = 0; b < B; ++b) a[b] = Vec::fma(c[b][r], w, a[b]);
+        Vec::V w[P];
+        load_part(rows.p[r] + k, w);
+        for (int p = 0; p < P; ++p)
+          for (int b = 0; b < B; ++b) a[p][b] = Vec::fma(c[b][r], w[p], a[p][b]);
       }
-      for (int b = 0; b < B; ++b) Vec::store(acc + b * acc_stride + k, a[b]);
+      for (int p = 0; p < P; ++p)
+        for (int b = 0; b < B; ++b) Vec::store(acc + b * acc_stride + k + p * W, a[p][b]);
     }
-  }
-  for (; i < length; i += W) {
+  });
+  for (int64_t i = length / S * S; i < length; i += W) {
     const int n = length - i < W ? int(length - i) : W;
     for (int b = 0; b < B; ++b) {
       float* const at = acc + b * acc_stride + i;
@@ -161,8 +230,11 @@ inline int64_t add_rows_by(const T* data, int64_t stride, const int32_t* idx, in
                            const float* coef, int64_t coef_stride, int64_t batch, int64_t length, float* acc,
                            int64_t acc_stride) {
   for (; j + R <= count; j += R) {
-    const Rows<T, R> rows = rows_at<T, R>(data, stride, idx, first, j);
-    const Rows<T, R> next = j + 2 * R <= count ? rows_at<T, R>(data, stride, idx, first, j + R) : rows;
+    const Rows<T, R> rows = rows_at<T, R>(data, stride, idx, first, j, count);
+    if (idx) __builtin_prefetch(idx + j + 4 * R);
+    __builtin_prefetch(coef + j + 4 * R);
+    // What is left over after the last whole group is fewer than R rows, the last of them requested again.
+    const Rows<T, R> next = j + R < count ? rows_at<T, R>(data, stride, idx, first, j + R, count) : rows;
     add_batch<T, R>(rows, next, coef + j, coef_stride, batch, length, acc, acc_stride);
   }
   return j;
@@ -175,11 +247,13 @@ void add_rows_t(const T* data, int64_t stride, const int32_t* idx, int64_t first
   const int64_t block = batch == 1 ? 4096 : 2048;
   for (int64_t o = 0; o < length; o += block) {
     const int64_t n = length - o < block ? length - o : block;
+    for (int64_t b = 0; b < batch; ++b) arrange_t<T, false>(acc + b * acc_stride + o, n);
     int64_t j = 0;
     if (batch == 1)
       j = add_rows_by<T, 8>(data + o, stride, idx, first, j, count, coef, coef_stride, batch, n, acc + o, acc_stride);
     j = add_rows_by<T, 4>(data + o, stride, idx, first, j, count, coef, coef_stride, batch, n, acc + o, acc_stride);
     add_rows_by<T, 1>(data + o, stride, idx, first, j, count, coef, coef_stride, batch, n, acc + o, acc_stride);
+    for (int64_t b = 0; b < batch; ++b) arrange_t<T, true>(acc + b * acc_stride + o, n);
   }
 }
 
@@ -204,6 +278,10 @@ void add_rows(int32_t dtype, const void* data, int64_t stride, const int32_t* id
   else
     add_rows_t(static_cast<const F16*>(data), stride, idx, first, count, coef, coef_stride, batch, length, acc,
                acc_stride);
+}
+
+void arrange(int32_t dtype, float* x, int64_t n) {
+  if (dtype == AS_BF16) arrange_t<Bf16, false>(x, n);
 }
 
 template <typename T>
@@ -316,8 +394,9 @@ void activate(int32_t kind, float* x, int64_t n) {
   }
 }
 
-int64_t keep(const float* v, int64_t v_stride, const float* threshold, int64_t batch, int64_t n, int32_t* idx) {
-  if (batch == 1) return Vec::keep(v, threshold, n, idx);
+int64_t keep(const float* v, int64_t v_stride, const float* threshold, int64_t batch, int64_t n, int32_t* idx,
+             float* values) {
+  if (batch == 1) return values ? Vec::keep(v, threshold, n, idx, values) : Vec::keep(v, threshold, n, idx);
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     bool any = false;
@@ -397,4 +476,4 @@ uint64_t read(const void* data, int64_t bytes) {
   return all;
 }
 
-const IsaOps table = {Vec::name, Vec::lanes, dot_rows, add_rows, widen, narrow, activate, keep, normalise, softmax, read};
+const IsaOps table = {Vec::name, Vec::lanes, arrange, dot_rows, add_rows, widen, narrow, activate, keep, normalise, softmax, read};

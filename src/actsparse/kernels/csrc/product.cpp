@@ -31,27 +31,30 @@ Product prepare(const as_matrix& w, const float* threshold, const float* x, int6
   const bool by_rows = w.layout == AS_ROWS;
   p.kept = by_rows ? rows : nullptr;
   p.kept_count = by_rows && rows ? row_count : stored_count(w);
-  if (!threshold) return p;
+  if (!threshold && !by_rows) return p;
 
-  float* const masked = arena().take<float>(batch * padded(w.in));
+  float* const masked = arena().take<float>(batch * padded(w.in));  // padded leaves the 16 that keep needs
   p.x = masked;
   p.x_stride = padded(w.in);
   if (by_rows) {
-    for (int64_t b = 0; b < batch; ++b)
-      for (int64_t i = 0; i < w.in; ++i) {
-        const float v = x[b * x_stride + i];
-        masked[b * p.x_stride + i] = __builtin_fabsf(v) < threshold[i] ? 0.0f : v;
-      }
+    for (int64_t b = 0; b < batch; ++b) {
+      float* const row = masked + b * p.x_stride;
+      __builtin_memcpy(row, x + b * x_stride, size_t(w.in) * sizeof(float));
+      if (threshold)
+        for (int64_t i = 0; i < w.in; ++i) row[i] = __builtin_fabsf(row[i]) < threshold[i] ? 0.0f : row[i];
+      ops().arrange(w.dtype, row, w.in);
+    }
     return p;
   }
   int32_t* const kept = arena().take<int32_t>(w.in + 16);
-  p.kept_count = ops().keep(x, x_stride, threshold, batch, w.in, kept);
+  p.kept_count = ops().keep(x, x_stride, threshold, batch, w.in, kept, masked);
   p.kept = kept;
+  if (batch == 1) return p;
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t j = 0; j < p.kept_count; ++j) {
       const float v = x[b * x_stride + kept[j]];
       // Another batch row may be the one that keeps this column.
-      masked[b * p.x_stride + j] = batch > 1 && __builtin_fabsf(v) < threshold[kept[j]] ? 0.0f : v;
+      masked[b * p.x_stride + j] = __builtin_fabsf(v) < threshold[kept[j]] ? 0.0f : v;
     }
   return p;
 }
