@@ -366,9 +366,8 @@ class PromptFFN(SparseModule):
             return None if values is None else values.detach().index_select(0, index)
 
         with torch.no_grad():
-            columns = down.weight.detach().index_select(1, index)
-            if columns.stride(0) != 1:
-                columns = columns.t().contiguous().t()
+            # From the transposed view, so that the columns come out contiguous without a second copy.
+            columns = down.weight.detach().t().index_select(0, index).t()
             rows = gate.weight.detach().index_select(0, index), up.weight.detach().index_select(0, index)
             return Gathered(*rows, columns, pick(gate.bias), pick(up.bias))
 
