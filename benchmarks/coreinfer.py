@@ -115,7 +115,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model, "windows": len(windows), "layers": basis[0].prompt["layers"],
         "clusters": basis[0].settings["windows_per_cluster"], "alpha": basis[0].prompt["alpha"], "ppl": {},
     }  # fmt: skip
-    for prompt in (*SHORT, 256):
+    for prompt in options.prompts:
         tokens = windows[:, : prompt + CONTINUATION]
         dense = losses(model, tokens, prompt)[0]
         table: dict[str, Any] = {"dense": math.exp(dense.mean())}
@@ -285,6 +285,7 @@ def main() -> None:
     one.add_argument("--windows", type=int, default=160)
     one.add_argument("--tokens", type=int, default=93440)
     one.add_argument("--layers")
+    one.add_argument("--prompts", type=int, nargs="+", default=(*SHORT, 256), metavar="TOKENS", help="prompt lengths")
     for name in ("speed", "memory"):
         two = parts.add_parser(name)
         two.add_argument("--beta", type=float, default=0.4)

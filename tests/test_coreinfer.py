@@ -16,7 +16,17 @@ from actsparse.decode import Decoder
 from actsparse.evaluate import compare_perplexity
 from actsparse.lowmemory import open_mapped
 from actsparse.methods.base import MethodError
-from actsparse.methods.coreinfer import LEAD, PRIOR_TOKENS, CoreRule, cluster, core_level, core_of, elbow, strengths
+from actsparse.methods.coreinfer import (
+    ENOUGH,
+    LEAD,
+    PRIOR_TOKENS,
+    CoreRule,
+    cluster,
+    core_level,
+    core_of,
+    elbow,
+    strengths,
+)
 from actsparse.neuron_report import neuron_report, write
 from actsparse.plan import PlanError
 from actsparse.sites import ModelError
@@ -338,24 +348,27 @@ def test_calibration_stores_frequencies_per_cluster(model, tmp_path):
             assert lowest >= score.max() - 1e-6
 
 
-def test_auto_and_blend_follow_the_stated_criterion():
+@pytest.mark.parametrize(("tokens", "mode"), [(12, "similarity"), (400, "stability")])
+def test_auto_and_blend_follow_the_stated_criterion(tokens: int, mode: str):
     torch.manual_seed(0)
     settings = {"layers": [0, 0], "counts": [8], "alpha": 0.1, "ranking": "magnitude", "feature_layer": 0,
                 "clusters": ["a", "b"], "sparse": False}  # fmt: skip
     frequency = torch.rand(1, 2, 40)
-    values = torch.randn(12, 40)
+    half = tokens // 2
+    values = torch.randn(tokens, 40) + torch.linspace(0, 1, 40)
     rules = {mode: CoreRule({**settings, "mode": mode}, {"prompt.frequency": frequency}) for mode in ("auto", "blend")}
     scores = {0: rules["auto"].score(values)}
     core = (values.abs() >= values.abs().sort(1, descending=True).values[:, 3:4]).float()
     force = values.abs() / values.abs().sort(1, descending=True).values[:, 3:4]
-    halves = [core[:6].sum(0), core[6:].sum(0)]
-    nearest = int(torch.cdist(halves[0][None] / 6, frequency[0])[0].argmin())
-    own = (halves[0] + force[:6].sum(0) / 1e3).topk(8).indices
+    halves = [core[:half].sum(0), core[half:].sum(0)]
+    nearest = int(torch.cdist(halves[0][None] / half, frequency[0])[0].argmin())
+    own = (halves[0] + force[:half].sum(0) / 1e3).topk(8).indices
     other = frequency[0, nearest].topk(8).indices
     choice = rules["auto"].choose(scores)
     assert choice.facts["own"] == pytest.approx(float(halves[1][own].sum() / halves[1].topk(8).values.sum()))
     lead = (halves[1][own].sum() - halves[1][other].sum()) / halves[1].topk(8).values.sum()
-    assert choice.facts["mode"] == ("stability" if lead > LEAD / 6**0.5 else "similarity")
+    assert choice.facts["mode"] == ("stability" if lead > LEAD * (half**-0.5 - ENOUGH**-0.5) else "similarity")
+    assert choice.facts["mode"] == mode
     whole = int(torch.cdist(core.mean(0)[None], frequency[0])[0].argmin())
     force = force.sum(0)
     want = core.sum(0) + force / (1 + force.max()) + PRIOR_TOKENS * frequency[0, whole]

@@ -9,8 +9,9 @@ the neurons by how many of its tokens have them among theirs.  Three things the 
 - Tied counts (the rule in short prompts) go to the neuron of larger summed ``|g u|``, every token in units of its own
   alpha-level.  Equal sums go to the lower index.
 - ``auto`` compares the two modes on the prompt: each chooses from the first half of its tokens, and the prompt's own set
-  wins if it covers more of the second half's counts, summed over layers, by more than :data:`LEAD` over the root of that
-  half's tokens.  (Over a few tokens a lead is easily chance, and what follows may be far longer than they are.)
+  wins if its share of the second half's counts, summed over layers, leads by more than
+  :data:`LEAD` * (n ** -0.5 - :data:`ENOUGH` ** -0.5), n the tokens of that half.  A lead over few tokens is easily chance,
+  and what follows is longer than they are; over many the whole prompt's set is better than its first half's.
 - ``blend`` (ours, not in the paper) adds the cluster's frequencies to the prompt's counts as if the cluster had shown
   :data:`PRIOR_TOKENS` tokens.
 
@@ -37,7 +38,8 @@ CLUSTERINGS = ("elbow", "silhouette", "domains")
 MOST_CLUSTERS = 16
 # Between 16 and 64 the choice hardly matters on the reference models; a short prompt gains more from 64.
 PRIOR_TOKENS = 64
-LEAD = 0.2
+# Fitted on half of the calibration text with the other half's clusters (docs/coreinfer.md).
+LEAD, ENOUGH = 2.0, 48
 _RELU = ("relu", "relu2")
 
 
@@ -290,8 +292,8 @@ class CoreRule(PromptRule):
         facts: dict[str, Any] = {"mode": self.mode, "cluster": self.names[cluster]}
         if self.mode == "auto":
             own, other = self._coverage(scores)
-            lead = LEAD / float(scores[self.layers.start][1, -1]) ** 0.5
-            chosen = "stability" if own - other > lead else "similarity"
+            tokens = float(scores[self.layers.start][1, -1])
+            chosen = "stability" if own - other > LEAD * (tokens**-0.5 - ENOUGH**-0.5) else "similarity"
             facts |= {"mode": chosen, "own": own, "cluster_coverage": other}
         if facts["mode"] == "stability":
             return Choice(self._sets(whole), facts)
