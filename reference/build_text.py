@@ -60,6 +60,11 @@ PACKAGE_CAPS = {
     ("libssl-doc", "man"): 4_000_000,
 }
 
+# So many times the cap is read in all; what lies beyond the cap is training text only, as are the packages below the line
+# TRAINING_ONLY of packages.txt.
+MORE = 4
+TRAINING_ONLY = "# training only"
+
 # Packages whose documents may be held out, with the licence of the text used. The entries of the packages that
 # contribute to the committed files were compared with the copyright files (see SOURCES.md); NOT_COMMITTED names what
 # that ruled out. All the other packages are training material only.
@@ -164,12 +169,13 @@ HELD_SHARE = {"man": 0.09, "doc": 0.07, "python": 0.06, "rustdoc": 0.10}
 
 @dataclass
 class Document:
-    """One document: where it came from and its text."""
+    """One document: where it came from and its text; ``more`` is never held out."""
 
     domain: str
     source: str
     path: str
     text: str
+    more: bool = False
 
 
 class BuildError(Exception):
@@ -414,13 +420,18 @@ def to_text(domain: str, package: str, name: str, data: bytes) -> str:
     return html.unescape(text) if name.endswith(".html") else text
 
 
-def acceptable(domain: str, text: str) -> bool:
-    """Whether a document is text worth learning: long enough, not a table of numbers, not generated in one line."""
+ENCODED = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*[0-9])")  # what tells base64 from a long name or a ruled line
+
+
+def acceptable(text: str) -> bool:
+    """Whether a document is text worth learning: long enough, no table of numbers, no encoded data, not one line."""
     if len(text) < MIN_CHARS:
         return False
     head = text[:8000]
     digits = sum(c.isdigit() for c in head)
     odd = sum(ord(c) > 126 for c in head)
+    if sum(len(run) for run in re.findall(r"[A-Za-z0-9+/=]{40,}", head) if ENCODED.match(run)) > 0.25 * len(head):
+        return False
     return digits < 0.2 * len(head) and odd < 0.1 * len(head) and max(map(len, head.split("\n"))) < 3000
 
 
@@ -468,8 +479,9 @@ def check_origin(infos: dict[str, dict[str, str]]) -> None:
             info["licences"] = twin["licences"] if twin else f"see the copyright file of {info['copyright']}"
 
 
-def extract(deb: str) -> tuple[str, list[Document], dict[str, str]]:
-    """All documents of one package, and its version and licences."""
+def extract(job: tuple[str, bool]) -> tuple[str, list[Document], dict[str, str]]:
+    """All documents of one package, and its version and licences; ``job`` is the file, and whether it is only trained on."""
+    deb, training_only = job
     package = Path(deb).name.split("_")[0]
     stream = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], capture_output=True, check=True).stdout
     archive = tarfile.open(fileobj=io.BytesIO(stream))  # noqa: SIM115
@@ -489,15 +501,16 @@ def extract(deb: str) -> tuple[str, list[Document], dict[str, str]]:
             continue
         domain = classify(package, name, any(member.name.startswith(s + "/") for s in sources))
         cap = PACKAGE_CAPS.get((package, domain or ""), CAPS.get(domain or "", 0))
-        if domain is None or used[domain] >= cap:
+        if domain is None or used[domain] >= (cap if training_only else MORE * cap):
             continue
         text = tidy(to_text(domain, package, name, archive.extractfile(member).read()), 1 + (domain == "python"))
         if "changelog" in name.lower():
             text = text[:MAX_HELD_CHARS]
         text = cut(text, MAX_TRAIN_CHARS)
-        if acceptable(domain, text):
+        if acceptable(text):
+            more = training_only or used[domain] >= cap
             used[domain] += len(text)
-            documents.append(Document(domain, source_of(package, name), name, text))
+            documents.append(Document(domain, source_of(package, name), name, text, more))
     return package, documents, info
 
 
@@ -513,6 +526,7 @@ def cut(text: str, limit: int) -> str:
 WORD = re.compile(r"[a-z_]+|[^\sa-z_0-9]")
 SHINGLE = 10
 SAMPLE = 8  # one shingle in this many is kept
+SHARED = 2  # kept shingles that a document may share with the held-out ones by chance
 
 
 def shingles(text: str) -> tuple[int, set[int]]:
@@ -577,20 +591,31 @@ def split(
 
     Exact duplicates go first. The held-out documents are a random choice by name plus all of ``UNSEEN``. A training
     document that repeats at least 80 % of its shingles from earlier training documents is dropped. ``overlap`` of a
-    held-out document is the share of its shingles that occur anywhere in the training text or in a held-out document
-    before it.
+    held-out document is the share of its shingles that occur in the training text or in a held-out document before it.
+
+    The documents that are only trained on (``more``) come last. None is taken that repeats a passage which the held-out
+    documents had to themselves, so that more training text does not wear the held-out text down.
     """
-    documents = sorted(documents, key=lambda d: digest(seed, d.source, d.path))
+    documents = sorted(documents, key=lambda d: (d.more, digest(seed, d.source, d.path)))
     with multiprocessing.Pool(jobs) as pool:
         prints = pool.map(_shingles_of, documents, chunksize=64)
     exact: set[int] = set()
     train: list[Document] = []
     held: list[tuple[Document, set[int], bool]] = []
     seen: set[int] = set()
+    own: set[int] | None = None
     for document, (number, sample) in zip(documents, prints, strict=True):
         if number in exact or not sample:
             continue
         exact.add(number)
+        if document.more:
+            if own is None:
+                own = set[int]().union(*(s for _, s, _ in held)) - seen
+            alone = document.source not in UNSEEN and len(sample & own) <= SHARED
+            if alone and len(sample & seen) < 0.8 * len(sample):
+                train.append(document)
+                seen |= sample
+            continue
         unseen = document.source in UNSEEN
         held_out = may_hold(document.source) and unit(seed, "split", document.path) < HELD_SHARE[document.domain]
         if unseen or held_out:
@@ -653,21 +678,23 @@ def main() -> int:
 
 def build(args: argparse.Namespace) -> None:
     """Run all the steps."""
-    packages = [line.strip() for line in args.packages.read_text().splitlines() if line.strip() and line[0] != "#"]
+    first, _, second = args.packages.read_text().partition(TRAINING_ONLY)
+    packages, training_only = ([n for n in part.split("\n") if n and n[0] != "#"] for part in (first, second))
     args.cache.mkdir(parents=True, exist_ok=True)
-    fetch(packages, args.suite, args.mirror, args.cache.resolve())
+    fetch(packages + training_only, args.suite, args.mirror, args.cache.resolve())
     debs = []
-    for name in packages:
+    for name in packages + training_only:
         found = sorted((args.cache / "debs").glob(f"{name}_*.deb"))
         if not found:
             raise BuildError(f"no such package in {args.suite}: {name}")
         debs.append(str(found[-1]))
-    debs.sort(key=lambda deb: -os.path.getsize(deb))
+    jobs = list(zip(debs, [False] * len(packages) + [True] * len(training_only), strict=True))
+    jobs.sort(key=lambda job: -os.path.getsize(job[0]))
     documents: list[Document] = []
     infos: dict[str, dict[str, str]] = {}
     used: dict[str, Counter[str]] = defaultdict(Counter)
     with multiprocessing.Pool(args.jobs) as pool:
-        for package, found_documents, info in pool.imap_unordered(extract, debs):
+        for package, found_documents, info in pool.imap_unordered(extract, jobs):
             infos[package] = info
             documents += found_documents
             for document in found_documents:
@@ -682,7 +709,8 @@ def build(args: argparse.Namespace) -> None:
         print(name, len(rows), "documents;", {k: f"{v / 1e6:.2f} MB" for k, v in size.items()}, flush=True)
     with lzma.open(args.cache / "train.jsonl.xz", "wt", preset=1, encoding="utf-8") as file:
         for document in train:
-            file.write(json.dumps({"domain": document.domain, "text": document.text}, ensure_ascii=False) + "\n")
+            row = {"domain": document.domain, "more": document.more, "text": document.text}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     write_jsonl(args.cache / "heldout.jsonl", held)
 
     evaluation, calibration, pool_rows = choose(held, args.strict, args.committed_bytes)

@@ -32,6 +32,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -283,7 +284,7 @@ class Controller:
 # ----------------------------------------------------------------------------------------------- the text
 
 
-def documents(folder: Path) -> Iterator[dict[str, str]]:
+def documents(folder: Path) -> Iterator[dict[str, Any]]:
     """The training documents of a text folder."""
     for name in ("train.jsonl.xz", "train.jsonl"):
         path = folder / name
@@ -297,7 +298,7 @@ def documents(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def prepare(folder: Path, out: Path, vocab: int) -> None:
-    """Train the tokenizer on an equal share of each domain and encode the text."""
+    """Train the tokenizer on an equal share of each domain (without the text read beyond the caps) and encode the text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     out.mkdir(parents=True, exist_ok=True)
@@ -308,7 +309,7 @@ def prepare(folder: Path, out: Path, vocab: int) -> None:
     used = dict.fromkeys(DOMAINS, 0)
     sample = []
     for row in rows:
-        if used.get(row["domain"], 0) < 10_000_000:
+        if not row["more"] and used.get(row["domain"], 0) < 10_000_000:
             used[row["domain"]] = used.get(row["domain"], 0) + len(row["text"])
             sample.append(row["text"])
     tokenizer = Tokenizer(models.BPE())
@@ -532,8 +533,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=450.0, help="time budget, compilation included (default 450)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsity", type=float, default=0.91, help="relu: share of zeros aimed at in every layer")
-    parser.add_argument("--batch", type=int, default=128, help="sequences of 1024 tokens in a batch (default 128)")
-    parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
+    parser.add_argument("--batch", type=int, default=64, help="sequences of 1024 tokens in a batch (default 64)")
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate (default 0.003)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--check-text", type=Path, default=HERE / "text" / "evaluation.jsonl",
                         help="held-out text for the check after saving")  # fmt: skip
