@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--shape 2048x8192] [--dtype bfloat16] [--density 1.0 0.5] [--isa avx512] [--json]
 
 The read bandwidth of the machine is printed first; the column "read" is the one measured between the calls of that line,
-and the ceiling of its share. Calls go through the C interface, eight in a row on other weights, as a decode step makes
-them; what the Python layer adds to a call is measured at the end, on a tiny matrix. Every kernel is compared with the
+and the ceiling of its share. Calls are made and timed in C, eight in a row on other weights, as a decode step makes them;
+what the Python layer adds to a call is measured at the end, on a tiny matrix. Every kernel is compared with the
 float32 oracle before it is timed. Weights rotate through buffers far larger than any cache, and the kept set changes at
 every call. The last line is JSON.
 """
@@ -12,13 +12,13 @@ every call. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import statistics
 import time
 import timeit
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ CALLS_IN_A_ROW = 8
 DROP = 3e38  # a threshold that nothing reaches
 
 Call = Callable[[int], Tensor]
-Bound = Callable[[int], Callable[[], None]]
+Native = Callable[[int], kernels.cpu.Call]
 Rates = tuple[float, float, float]
 
 
@@ -65,7 +65,9 @@ def check(name: str, found: Tensor, expected: Tensor) -> None:
         raise SystemExit(f"{name}: wrong result, error {(found - expected).abs().max():.3g}, bound {bound:.3g}")
 
 
-def rates(bound: Bound, needed: int, seconds: float, weights: list[Tensor]) -> tuple[Rates, float]:
+def rates(
+    native: Native, dtype: torch.dtype, needed: int, seconds: float, weights: list[Tensor]
+) -> tuple[Rates, float]:
     """Median, 10th and 90th percentile GB/s of rows of calls, and the median GB/s of plain reads between them.
 
     The read bandwidth of a shared machine drifts within seconds, so each row of calls is paired with a read of another
@@ -76,17 +78,16 @@ def rates(bound: Bound, needed: int, seconds: float, weights: list[Tensor]) -> t
     end = time.perf_counter() + seconds
     i = 0
     while time.perf_counter() < end or len(found) < 16:
-        other = weights[(3 * i + 16) % len(weights)]  # a call uses 3 i to 3 i + 2: last used 16 buffers ago
-        calls = [bound(i + k) for k in range(CALLS_IN_A_ROW)]
+        # A call uses buffers 3 i to 3 i + 2. This one is as far from the last call as from the next.
+        other = weights[3 * (i + len(weights) // 2) % len(weights)]
+        calls = [native(i + k) for k in range(CALLS_IN_A_ROW)]
         start = time.perf_counter()
         lib.as_read(other.data_ptr(), other.nbytes)
-        middle = time.perf_counter()
-        for call in calls:
-            call()
         stop = time.perf_counter()
+        spent = kernels.cpu.time_calls(calls, dtype)
         if i:
-            read.append(other.nbytes / (middle - start) / 1e9)
-            found.append(CALLS_IN_A_ROW * needed / (stop - middle) / 1e9)
+            read.append(other.nbytes / (stop - start) / 1e9)
+            found.append(CALLS_IN_A_ROW * needed / spent / 1e9)
         i += CALLS_IN_A_ROW
     deciles = statistics.quantiles(found, n=10)
     return (statistics.median(found), deciles[0], deciles[-1]), statistics.median(read)
@@ -94,11 +95,11 @@ def rates(bound: Bound, needed: int, seconds: float, weights: list[Tensor]) -> t
 
 def cases(
     hidden: int, neurons: int, dtype: torch.dtype, density: float, weights: list[Tensor]
-) -> list[tuple[str, Bound, Tensor, int, Call]]:
+) -> list[tuple[str, Native, Tensor, int, Call]]:
     """(name, native call, its result, bytes needed, oracle call) of each kernel; weights are [neurons, hidden] storage."""
-    count, lib = len(weights), kernels.cpu.library()
+    count, native, pointer = len(weights), kernels.cpu.Call, ctypes.pointer
     kept = round(density * neurons)
-    row, code = hidden * dtype.itemsize, kernels.cpu.DTYPES[dtype]
+    row = hidden * dtype.itemsize
     x_neurons, x_hidden = torch.randn(1, neurons).to(dtype), torch.randn(1, hidden).to(dtype)
     y_hidden, y_neurons = torch.zeros(1, hidden, dtype=dtype), torch.zeros(1, neurons, dtype=dtype)
     thresholds = kept_sets(neurons, density)
@@ -119,24 +120,24 @@ def cases(
         for i in range(count)
     ]
 
-    def columns(i: int) -> Callable[[], None]:
-        matrix, threshold = by_columns[3 * i % count], thresholds[i % KEPT_SETS].data_ptr()
-        return partial(lib.as_linear, matrix, threshold, x_neurons.data_ptr(), y_hidden.data_ptr(), 1, code, None)
+    def columns(i: int) -> kernels.cpu.Call:
+        matrix, threshold = pointer(by_columns[3 * i % count]), thresholds[i % KEPT_SETS].data_ptr()
+        return native(w=matrix, threshold=threshold, row_count=-1, x=x_neurons.data_ptr(), y=y_hidden.data_ptr())
 
     def columns_oracle(i: int) -> Tensor:
         return kernels.reference.linear(x_neurons, weights[3 * i % count].T, None, thresholds[i % KEPT_SETS])
 
-    def rows(i: int) -> Callable[[], None]:
-        matrix, names, x, y = by_rows[3 * i % count], lists[i % KEPT_SETS], x_hidden.data_ptr(), y_neurons.data_ptr()
-        return partial(lib.as_linear_rows, matrix, names.data_ptr(), kept, x, y, 1, code, None)
+    def rows(i: int) -> kernels.cpu.Call:
+        matrix, names = pointer(by_rows[3 * i % count]), lists[i % KEPT_SETS].data_ptr()
+        return native(w=matrix, rows=names, row_count=kept, x=x_hidden.data_ptr(), y=y_neurons.data_ptr())
 
     def rows_oracle(i: int) -> Tensor:
         whole = kernels.reference.linear(x_hidden, weights[3 * i % count])
         return torch.where(thresholds[i % KEPT_SETS] == 0, whole, 0.0)
 
-    def ffn(i: int) -> Callable[[], None]:
-        block = blocks[3 * i % count][i % KEPT_SETS]
-        return partial(lib.as_ffn_forward, block, x_hidden.data_ptr(), y_hidden.data_ptr(), 1, code, None)
+    def ffn(i: int) -> kernels.cpu.Call:
+        block = pointer(blocks[3 * i % count][i % KEPT_SETS])
+        return native(ffn=block, x=x_hidden.data_ptr(), y=y_hidden.data_ptr())
 
     def ffn_oracle(i: int) -> Tensor:
         gate, up, down = (weights[(3 * i + k) % count] for k in range(3))
@@ -194,12 +195,12 @@ def main() -> None:
                 moved = kernels.use_huge_pages(*weights)
                 say(f"{shape}: {moved / sum(weight.nbytes for weight in weights):.0%} of the weights on huge pages")
             for density in options.density:
-                for name, bound, result, needed, oracle in cases(hidden, neurons, dtype, density, weights):
+                for name, native, result, needed, oracle in cases(hidden, neurons, dtype, density, weights):
                     if name not in options.kernel:
                         continue
-                    bound(1)()
+                    kernels.cpu.time_calls([native(1)], dtype)
                     check(name, result, oracle(1))
-                    (median, low, high), read = rates(bound, needed, options.seconds, weights)
+                    (median, low, high), read = rates(native, dtype, needed, options.seconds, weights)
                     share = median / read
                     say(
                         f"{name:8} {shape:>11} {dtype_name:>9} {density:7.2f} {median:6.1f} {low:6.1f} {high:6.1f} "

@@ -593,8 +593,9 @@ def split(
     document that repeats at least 80 % of its shingles from earlier training documents is dropped. ``overlap`` of a
     held-out document is the share of its shingles that occur in the training text or in a held-out document before it.
 
-    The documents that are only trained on (``more``) come last. None is taken that repeats a passage which the held-out
-    documents had to themselves, so that more training text does not wear the held-out text down.
+    The documents that are only trained on (``more``) come last. None is taken that repeats more than ``SHARED`` of the kept
+    shingles which the held-out documents had to themselves, so that more training text does not wear the held-out text
+    down; what it still has in common with them counts in ``overlap``.
     """
     documents = sorted(documents, key=lambda d: (d.more, digest(seed, d.source, d.path)))
     with multiprocessing.Pool(jobs) as pool:
@@ -678,8 +679,11 @@ def main() -> int:
 
 def build(args: argparse.Namespace) -> None:
     """Run all the steps."""
-    first, _, second = args.packages.read_text().partition(TRAINING_ONLY)
-    packages, training_only = ([n for n in part.split("\n") if n and n[0] != "#"] for part in (first, second))
+    lines = [line.strip() for line in args.packages.read_text().splitlines()]
+    border = lines.index(TRAINING_ONLY) if TRAINING_ONLY in lines else len(lines)
+    packages, training_only = ([n for n in part if n and n[0] != "#"] for part in (lines[:border], lines[border:]))
+    if twice := [name for name, count in Counter(packages + training_only).items() if count > 1]:
+        raise BuildError(f"{args.packages} names {twice[0]} twice")
     args.cache.mkdir(parents=True, exist_ok=True)
     fetch(packages + training_only, args.suite, args.mirror, args.cache.resolve())
     debs = []

@@ -298,7 +298,7 @@ def documents(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def prepare(folder: Path, out: Path, vocab: int) -> None:
-    """Train the tokenizer on an equal share of each domain (without the text read beyond the caps) and encode the text."""
+    """Train the tokenizer on an equal share of each domain (not of the text that is only trained on) and encode the text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     out.mkdir(parents=True, exist_ok=True)
@@ -309,7 +309,7 @@ def prepare(folder: Path, out: Path, vocab: int) -> None:
     used = dict.fromkeys(DOMAINS, 0)
     sample = []
     for row in rows:
-        if not row["more"] and used.get(row["domain"], 0) < 10_000_000:
+        if not row.get("more") and used.get(row["domain"], 0) < 10_000_000:
             used[row["domain"]] = used.get(row["domain"], 0) + len(row["text"])
             sample.append(row["text"])
     tokenizer = Tokenizer(models.BPE())

@@ -8,6 +8,7 @@ result is rounded once to the output type. Nothing is tuned.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import subprocess
 import sys
@@ -568,6 +569,28 @@ def test_huge_pages_change_nothing_but_the_pages() -> None:
         assert kernels.use_huge_pages(left_alone) == 0
     assert cpu.library().as_huge_pages(None, 1 << 30) == 0
     assert cpu.library().as_huge_pages(weight.data_ptr(), -1) == 0
+
+
+def test_timed_calls_do_what_the_calls_do() -> None:
+    x, y, up = torch.randn(1, 64), torch.zeros(3, 1, 96), torch.randn(96, 64)
+    columns, threshold = torch.randn(64, 96).T, torch.rand(64)
+    rows = torch.tensor([1, 40], dtype=torch.int32)
+    by_columns, by_rows = kernels.matrix_of(columns), kernels.matrix_of(up)
+    block = kernels.ffn_of(up, up, up.T, activation="silu")
+    at = x.data_ptr()
+    calls = [
+        kernels.cpu.Call(w=ctypes.pointer(by_columns), threshold=threshold.data_ptr(), row_count=-1, x=at, y=y[0].data_ptr()),
+        kernels.cpu.Call(w=ctypes.pointer(by_rows), rows=rows.data_ptr(), row_count=2, x=at, y=y[1].data_ptr()),
+        kernels.cpu.Call(ffn=ctypes.pointer(block), x=at, y=y[2].data_ptr()),
+    ]  # fmt: skip
+    assert 0 < kernels.cpu.time_calls(calls, torch.float32) < 1
+    torch.testing.assert_close(y[0], kernels.linear(x, columns, None, threshold))
+    kept = torch.zeros(96).index_fill(0, rows.long(), 1.0)
+    torch.testing.assert_close(y[1], kernels.linear(x, up) * kept)
+    torch.testing.assert_close(y[2, :, :64], kernels.gated_ffn(x, up, up, up.T, activation="silu"))
+    calls[0].y = None
+    with pytest.raises(ValueError, match="refused"):
+        kernels.cpu.time_calls(calls, torch.float32)
 
 
 def test_read_bandwidth_is_plausible() -> None:

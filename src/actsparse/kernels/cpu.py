@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_BATCH = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "relu": 1, "relu2": 2, "gelu": 3, "gelu_tanh": 4, "identity": 5}
@@ -127,6 +127,20 @@ class Decoder(Structure):
     keep: tuple[Any, ...]
 
 
+class Call(Structure):
+    """``as_call``: one product or block at batch 1, for :func:`time_calls`."""
+
+    _fields_ = [
+        ("ffn", POINTER(FFN)),
+        ("w", POINTER(Matrix)),
+        ("threshold", c_void_p),
+        ("rows", c_void_p),
+        ("row_count", c_int64),
+        ("x", c_void_p),
+        ("y", c_void_p),
+    ]
+
+
 def _load() -> tuple[ctypes.CDLL | None, str]:
     # find_spec instead of a path beside this file: an editable install keeps the library elsewhere.
     spec = importlib.util.find_spec(f"{__package__}._kernels")
@@ -162,6 +176,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ),
         ("as_huge_pages", [pointer, i64], i64),
         ("as_read", [pointer, i64], c_double),
+        ("as_time_calls", [POINTER(Call), i64, i32], c_double),
     ):
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, result
@@ -238,6 +253,14 @@ def stats() -> dict[str, int]:
 def reset_stats() -> None:
     """Zero the counters of :func:`stats`."""
     ctypes.memset(ctypes.addressof(_stats), 0, ctypes.sizeof(_stats))
+
+
+def time_calls(calls: list[Call], io_dtype: torch.dtype) -> float:
+    """Seconds that the calls take one after the other, as a decode step makes them; ValueError when one is refused."""
+    seconds = float(library().as_time_calls((Call * len(calls))(*calls), len(calls), DTYPES[io_dtype]))
+    if seconds < 0:
+        raise ValueError("time_calls: a call was refused (a dimension, type, stride or index does not fit)")
+    return seconds
 
 
 def layout_of(weight: Tensor) -> tuple[int, int] | None:

@@ -9,9 +9,10 @@ the neurons by how many of its tokens have them among theirs.  Three things the 
 - Tied counts (the rule in short prompts) go to the neuron of larger summed ``|g u|``, every token in units of its own
   alpha-level.  Equal sums go to the lower index.
 - ``auto`` compares the two modes on the prompt: each chooses from the first half of its tokens, and the prompt's own set
-  wins if its share of the second half's counts, summed over layers, leads by more than
-  :data:`LEAD` * (n ** -0.5 - :data:`ENOUGH` ** -0.5), n the tokens of that half.  A lead over few tokens is easily chance,
-  and what follows is longer than they are; over many the whole prompt's set is better than its first half's.
+  wins if it leads by more than :data:`LEAD` * (n ** -0.5 - :data:`ENOUGH` ** -0.5) in the share that it covers of what the
+  best set of its size would cover of the second half's counts, n the tokens of that half.  A lead over few tokens is easily
+  chance, and what follows is longer than they are; over many the whole prompt's set is better than its first half's and
+  may trail here.
 - ``blend`` (ours, not in the paper) adds the cluster's frequencies to the prompt's counts as if the cluster had shown
   :data:`PRIOR_TOKENS` tokens.
 
@@ -292,7 +293,7 @@ class CoreRule(PromptRule):
         facts: dict[str, Any] = {"mode": self.mode, "cluster": self.names[cluster]}
         if self.mode == "auto":
             own, other = self._coverage(scores)
-            tokens = float(scores[self.layers.start][1, -1])
+            tokens = max(float(scores[self.layers.start][1, -1]), 1.0)  # a sequence may be padding alone
             chosen = "stability" if own - other > LEAD * (tokens**-0.5 - ENOUGH**-0.5) else "similarity"
             facts |= {"mode": chosen, "own": own, "cluster_coverage": other}
         if facts["mode"] == "stability":
@@ -327,7 +328,7 @@ class CoreRule(PromptRule):
             total += float(second[:-1].topk(count).values.sum())
             own += float(second[best(_keys(first, strength_first), count).long()].sum())
             other += float(second[best(self._frequency(layer, cluster, first), count).long()].sum())
-        return own / max(total, 1.0), other / max(total, 1.0)
+        return (own / total, other / total) if total else (0.0, 1.0)  # nothing active: the prompt says nothing
 
 
 def _keys(counts: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:

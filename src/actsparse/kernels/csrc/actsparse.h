@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define AS_ABI_VERSION 3
+#define AS_ABI_VERSION 4
 #define AS_MAX_BATCH 8
 #define AS_API __attribute__((visibility("default")))
 
@@ -85,6 +85,16 @@ typedef struct {
   int32_t cache_dtype;
 } as_decoder;
 
+typedef struct as_call {  // one product or block at batch 1: ffn, or w with rows (row_count >= 0), or w with a threshold or NULL
+  const as_ffn* ffn;
+  const as_matrix* w;
+  const float* threshold;
+  const int32_t* rows;
+  int64_t row_count;
+  const void* x;
+  void* y;
+} as_call;
+
 AS_API int32_t as_abi_version(void);
 // Takes the addresses of torch's torch_parallel_for and torch_get_num_threads (torch >= 2.10); NULL = run serially.
 AS_API void as_set_threads(void* torch_parallel_for, void* torch_get_num_threads);
@@ -121,6 +131,8 @@ AS_API int32_t as_core_statistics(const void* x, int32_t dtype, int64_t tokens, 
 AS_API int64_t as_huge_pages(const void* data, int64_t bytes);
 // Reads `bytes` from data with every thread and returns a checksum: the read-bandwidth test.
 AS_API double as_read(const void* data, int64_t bytes);
+// Makes the calls one after the other, as a decode step does, and returns the seconds; negative when one was refused.
+AS_API double as_time_calls(const as_call* calls, int64_t count, int32_t io_dtype);
 
 #ifdef __cplusplus
 }

@@ -77,6 +77,7 @@ bool valid_matrix(const as_matrix& w);
 // One product y = W x~ + bias inside a region that may run several. `out` is [batch, out_stride] float32.
 struct Product {
   const as_matrix* w = nullptr;
+  const IsaOps* isa = nullptr;  // that x was arranged for: the one in use may be changed by another thread meanwhile
   const float* x = nullptr;  // [batch, x_stride]; AS_COLUMNS: coefficients of the kept columns, in order; AS_ROWS: arranged
   int64_t x_stride = 0;
   const int32_t* kept = nullptr;  // AS_ROWS: rows to compute; AS_COLUMNS: columns to read; NULL = all

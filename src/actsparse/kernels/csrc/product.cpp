@@ -24,6 +24,7 @@ Product prepare(const as_matrix& w, const float* threshold, const float* x, int6
                 int64_t out_stride, const int32_t* rows, int64_t row_count) {
   Product p;
   p.w = &w;
+  p.isa = &ops();
   p.x = x;
   p.x_stride = x_stride;
   p.out = out;
@@ -42,12 +43,12 @@ Product prepare(const as_matrix& w, const float* threshold, const float* x, int6
       __builtin_memcpy(row, x + b * x_stride, size_t(w.in) * sizeof(float));
       if (threshold)
         for (int64_t i = 0; i < w.in; ++i) row[i] = __builtin_fabsf(row[i]) < threshold[i] ? 0.0f : row[i];
-      ops().arrange(w.dtype, row, w.in);
+      p.isa->arrange(w.dtype, row, w.in);
     }
     return p;
   }
   int32_t* const kept = arena().take<int32_t>(w.in + 16);
-  p.kept_count = ops().keep(x, x_stride, threshold, batch, w.in, kept, masked);
+  p.kept_count = p.isa->keep(x, x_stride, threshold, batch, w.in, kept, masked);
   p.kept = kept;
   if (batch == 1) return p;
   for (int64_t b = 0; b < batch; ++b)
@@ -83,7 +84,6 @@ void reduce(float* acc, int64_t acc_stride, const float* partial, int64_t stride
 }
 
 void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
-  const IsaOps& isa = ops();
   int64_t bytes = 0;
   for (int64_t k = 0; k < count; ++k) bytes += products[k].bytes();
   const int64_t tasks = tasks_for(bytes);
@@ -98,7 +98,7 @@ void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
       const Slice s = slice_of(p.kept_count, task, tasks);
       const int32_t* const idx = p.kept ? p.kept + s.begin : nullptr;
       if (w.layout == AS_ROWS) {
-        isa.dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x, p.x_stride, batch, w.in, p.out + s.begin,
+        p.isa->dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x, p.x_stride, batch, w.in, p.out + s.begin,
                      p.out_stride);
         if (w.bias)
           for (int64_t b = 0; b < batch; ++b)
@@ -107,7 +107,7 @@ void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
         const int64_t stride = task ? padded(w.out) : p.out_stride;
         float* const acc = task ? p.partial + (task - 1) * batch * stride : p.out;
         start_accumulator(acc, stride, task ? nullptr : w.bias, batch, w.out);
-        isa.add_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x + s.begin, p.x_stride, batch, w.out, acc,
+        p.isa->add_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x + s.begin, p.x_stride, batch, w.out, acc,
                      stride);
       }
     }
@@ -215,17 +215,4 @@ int32_t as_ffn_forward(const as_ffn* f, const void* x, void* y, int64_t batch, i
     return AS_ENOMEM;
   }
   return AS_OK;
-}
-
-double as_read(const void* data, int64_t bytes) {
-  if (!data || bytes <= 0) return 0.0;
-  const int64_t tasks = tasks_for(bytes);
-  uint64_t all = 0;
-  const IsaOps& isa = ops();
-  parallel(tasks, [&](int64_t task) {
-    const Slice s = slice_of(bytes / 64, task, tasks);
-    const uint64_t part = isa.read(static_cast<const char*>(data) + s.begin * 64, s.size() * 64);
-    __atomic_fetch_xor(&all, part, __ATOMIC_RELAXED);
-  });
-  return double(all);
 }
