@@ -30,6 +30,8 @@ GRID = 256
 # once more than this share of the neurons is inactive on every token.
 START_LIMIT = 0.95
 ALWAYS_OFF_LIMIT = 0.01
+# Between a threshold and the score it was read off, in standard deviations of the neuron's scores.
+ROUNDING = 1e-5
 # The first layers are more sensitive: their s is lower.
 GENTLE_LAYERS, GENTLER_BY = 2, 0.1
 # The rank that "auto" spends its bytes against: the middle of the published 2 to 3 % of N.
@@ -270,7 +272,8 @@ class Svdp(Method):
             place = min(scores.numel(), 1 + round(inactive * (scores.numel() - 1)))
             return scores.flatten().kthvalue(place).values.expand(len(scores)).clone()
         energy = tokens.energy if self.bias == "full" else tokens.expected_energy(scores)
-        return neuron_thresholds(scores, energy, inactive)
+        # The next token may lie so close above that float32 sums in another order fall below.
+        return neuron_thresholds(scores, energy, inactive) - ROUNDING * scores.std(1)
 
 
 def parse_rank(rank: int | str) -> int | str:
