@@ -22,6 +22,10 @@ struct IsaOps {
   // there, unless `values` is NULL. Both need room for n + 16.
   int64_t (*keep)(const float* v, int64_t v_stride, const float* threshold, int64_t batch, int64_t n, int32_t* idx,
                   float* values);
+  // x becomes |x|, or max(x, 0) if `positive`; returns how many of the n are above 0.
+  int64_t (*rectify)(bool positive, float* x, int64_t n);
+  // counts[i] += 1 where strength[i] is at least `level` and above 0; sums[i] += strength[i] * unit.
+  void (*tally)(const float* strength, float level, float unit, int64_t n, float* counts, float* sums);
   void (*normalise)(int32_t kind, const float* x, const float* weight, const float* bias, float eps, int64_t n, float* y);
   void (*softmax)(float* x, float scale, int64_t n);
   uint64_t (*read)(const void* data, int64_t bytes);

@@ -407,6 +407,23 @@ int64_t keep(const float* v, int64_t v_stride, const float* threshold, int64_t b
   return count;
 }
 
+int64_t rectify(bool positive, float* x, int64_t n) {
+  int32_t active = 0;
+  if (positive)
+    for (int64_t i = 0; i < n; ++i) x[i] = x[i] > 0.0f ? x[i] : 0.0f;
+  else
+    for (int64_t i = 0; i < n; ++i) x[i] = __builtin_fabsf(x[i]);
+  for (int64_t i = 0; i < n; ++i) active += x[i] > 0.0f;
+  return active;
+}
+
+void tally(const float* strength, float level, float unit, int64_t n, float* counts, float* sums) {
+  for (int64_t i = 0; i < n; ++i) {
+    counts[i] += (strength[i] >= level) & (strength[i] > 0.0f) ? 1.0f : 0.0f;
+    sums[i] += strength[i] * unit;
+  }
+}
+
 void normalise(int32_t kind, const float* x, const float* weight, const float* bias, float eps, int64_t n, float* y) {
   // Eight partial sums in double: exact enough for any width and independent of the vector length.
   double mean = 0.0;
@@ -476,4 +493,4 @@ uint64_t read(const void* data, int64_t bytes) {
   return all;
 }
 
-const IsaOps table = {Vec::name, Vec::lanes, arrange, dot_rows, add_rows, widen, narrow, activate, keep, normalise, softmax, read};
+const IsaOps table = {Vec::name, Vec::lanes, arrange, dot_rows, add_rows, widen, narrow, activate, keep, rectify, tally, normalise, softmax, read};
