@@ -273,7 +273,7 @@ class Svdp(Method):
             return scores.flatten().kthvalue(place).values.expand(len(scores)).clone()
         energy = tokens.energy if self.bias == "full" else tokens.expected_energy(scores)
         # The next token may lie so close above that float32 sums in another order fall below.
-        return neuron_thresholds(scores, energy, inactive) - ROUNDING * scores.std(1)
+        return neuron_thresholds(scores, energy, inactive) - ROUNDING * scores.std(1, correction=0)
 
 
 def parse_rank(rank: int | str) -> int | str:

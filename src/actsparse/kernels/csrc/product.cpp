@@ -98,8 +98,8 @@ void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
       const Slice s = slice_of(p.kept_count, task, tasks);
       const int32_t* const idx = p.kept ? p.kept + s.begin : nullptr;
       if (w.layout == AS_ROWS) {
-        p.isa->dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x, p.x_stride, batch, w.in, p.out + s.begin,
-                     p.out_stride);
+        p.isa->dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x, p.x_stride, batch, w.in,
+                        p.out + s.begin, p.out_stride);
         if (w.bias)
           for (int64_t b = 0; b < batch; ++b)
             for (int64_t j = s.begin; j < s.end; ++j) p.out[b * p.out_stride + j] += w.bias[p.kept ? p.kept[j] : j];
@@ -107,8 +107,8 @@ void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
         const int64_t stride = task ? padded(w.out) : p.out_stride;
         float* const acc = task ? p.partial + (task - 1) * batch * stride : p.out;
         start_accumulator(acc, stride, task ? nullptr : w.bias, batch, w.out);
-        p.isa->add_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x + s.begin, p.x_stride, batch, w.out, acc,
-                     stride);
+        p.isa->add_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x + s.begin, p.x_stride, batch, w.out,
+                        acc, stride);
       }
     }
   });
