@@ -597,3 +597,10 @@ def test_identities_tell_the_kinds_apart() -> None:
         "opt": "relu",
     }
     assert dataclasses.asdict(kinds["opt"])["neurons"] == 132
+
+
+@pytest.mark.parametrize("bias", ["full", "smooth", "constant"])
+def test_thresholds_of_a_single_token_are_finite(bias: str) -> None:
+    one = torch.tensor([[0.5], [-1.0], [2.0]])
+    seen = Evidence(inputs=torch.zeros(1, 2), offset=torch.zeros(3), exact=one, energy=one.clamp(min=0))
+    assert bool(Svdp(bias=bias)._threshold(one, seen, 0.5).isfinite().all())

@@ -374,7 +374,7 @@ def neuron_thresholds(scores: torch.Tensor, energy: torch.Tensor, inactive: floa
         ordered, order = scores[rows].sort(dim=1)
         loss[rows] = energy[rows].gather(1, order).cumsum(1)[:, ranks]
         levels[rows] = ordered[:, ::stride][:, :grid]
-    start = ((loss == 0).sum(1) - 1).clamp(0, int(START_LIMIT * grid) - 1)
+    start = ((loss == 0).sum(1) - 1).clamp(0, max(int(START_LIMIT * grid) - 1, 0))
     steps = int((inactive - float(start.double().mean()) / grid) * neurons * grid)
     place = advance(loss, start, steps, most_off=ALWAYS_OFF_LIMIT * neurons)
     return levels.gather(1, place[:, None])[:, 0]

@@ -136,7 +136,7 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
     const Slice s = slice_of(kept, task, tasks);
     if (dot_up)
       up.isa->dot_rows(f.up.dtype, f.up.data, f.up.stride, neuron ? neuron + s.begin : nullptr, s.begin, s.size(), up.x,
-                   up.x_stride, batch, f.up.in, dots + s.begin, padded(kept));
+                       up.x_stride, batch, f.up.in, dots + s.begin, padded(kept));
     const float* u = dots;
     int64_t from_stride = padded(kept);
     if (u_known) {
