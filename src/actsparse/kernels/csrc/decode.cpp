@@ -80,9 +80,8 @@ void attend(const as_decoder& d, const as_layer& l, int64_t position, float* q, 
         isa.dot_rows(d.cache_dtype, keys, d.head_dim, nullptr, begin, count, query, d.head_dim, n, d.head_dim, scores,
                      score_stride);
         for (int64_t i = 0; i < n; ++i) isa.softmax(scores + i * score_stride, d.attention_scale, count);
-        __builtin_memset(result, 0, size_t(n * d.head_dim) * sizeof(float));
         isa.add_rows(d.cache_dtype, values, d.head_dim, nullptr, begin, count, scores, score_stride, n, d.head_dim,
-                     result, d.head_dim);
+                     result, d.head_dim, true);
       }
     }
   });

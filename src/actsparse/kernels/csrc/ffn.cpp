@@ -89,6 +89,8 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   int64_t product_count = 1;
   products[0] = prepare(first, gated ? f.gate_in_threshold : f.up_in_threshold, x, x_stride, batch, first_out, stride,
                         c.list, c.count);
+  // By rows a value is complete where it is computed; by columns only once all tasks have added to it.
+  if (first.layout == AS_ROWS) products[0].activation = f.activation;
   if (gated && !up_rows) {
     float* const up_out = arena().take<float>(batch * stride);
     products[product_count++] = prepare(f.up, f.up_in_threshold, x, x_stride, batch, up_out, stride);
@@ -97,54 +99,55 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   int64_t g_stride, u_stride = 0;
   float* const g = const_cast<float*>(at_candidates(products[0], c, batch, &g_stride));
   const float* const u_known = product_count == 2 ? at_candidates(products[1], c, batch, &u_stride) : nullptr;
-  for (int64_t b = 0; b < batch; ++b) isa.activate(f.activation, g + b * g_stride, c.count);
+  if (first.layout != AS_ROWS)
+    for (int64_t b = 0; b < batch; ++b) isa.activate(f.activation, g + b * g_stride, c.count);
 
-  // Kept neurons, by position among the candidates and by name.
   const float* gate_threshold = f.gate_threshold;
   if (gate_threshold && c.list) {
     float* const picked = arena().take<float>(c.count);
     for (int64_t j = 0; j < c.count; ++j) picked[j] = gate_threshold[c.list[j]];
     gate_threshold = picked;
   }
-  const int32_t *position = nullptr, *neuron = c.list;
-  int64_t kept = c.count;
-  if (gate_threshold) {
-    int32_t* const where = arena().take<int32_t>(c.count + 16);
-    kept = isa.keep(g, g_stride, gate_threshold, batch, c.count, where, nullptr);
-    position = neuron = where;
-    if (c.list) {
-      int32_t* const named = arena().take<int32_t>(kept);
-      for (int64_t j = 0; j < kept; ++j) named[j] = c.list[where[j]];
-      neuron = named;
-    }
-  }
-
-  // One region for up and down: every task takes the same number of kept neurons, in order.
+  // One region decides, and for the neurons kept computes up and down: every task takes the same number of them, in order.
   const bool down_columns = f.down.layout == AS_COLUMNS, dot_up = gated && up_rows;
   const int64_t up_bytes = dot_up ? stored_bytes(f.up) : 0, down_bytes = down_columns ? stored_bytes(f.down) : 0;
-  const int64_t tasks = tasks_for(kept * (up_bytes + down_bytes));
-  const int64_t part_stride = padded(f.down.out), v_stride = padded(down_columns ? kept : f.up.out);
+  const int64_t tasks = tasks_for(c.count * (up_bytes + down_bytes));
+  const Segments segments(tasks, true);
+  const int64_t v_stride = padded(down_columns ? c.count : f.up.out);
   float* const v = arena().take<float>(batch * v_stride);
-  float* const partial = down_columns && tasks > 1 ? arena().take<float>((tasks - 1) * batch * part_stride) : nullptr;
-  int32_t* const used = arena().take<int32_t>(kept + 1);
-  float* const dots = dot_up ? arena().take<float>(batch * padded(kept)) : nullptr;
+  const Sums sums = down_columns ? Sums(segments, f.down, batch, y, y_stride) : Sums();
+  int32_t* const used = arena().take<int32_t>(c.count + 1);
+  const int64_t dots_stride = padded(c.count);
+  float* const dots = dot_up ? arena().take<float>(batch * dots_stride) : nullptr;
   // Only for its masked input: the rows wanted are split over the tasks below, together with down's columns.
-  const Product up = dot_up ? prepare(f.up, f.up_in_threshold, x, x_stride, batch, dots, padded(kept)) : Product();
-  int64_t* const used_count = arena().take<int64_t>(tasks);
+  const Product up = dot_up ? prepare(f.up, f.up_in_threshold, x, x_stride, batch, dots, dots_stride) : Product();
+  int64_t* const used_count = arena().take<int64_t>(segments.number());
 
-  parallel(tasks, [&](int64_t task) {
-    const Slice s = slice_of(kept, task, tasks);
+  Activations decisive;
+  decisive.x = g;
+  decisive.stride = g_stride;
+  const Kept found = gate_threshold ? Kept(isa, decisive, gate_threshold, batch, c.count, tasks) : Kept();
+  int32_t* const where = gate_threshold ? arena().take<int32_t>(c.count) : nullptr;
+  int32_t* const named = gate_threshold && c.list ? arena().take<int32_t>(c.count) : nullptr;
+  // Kept neurons, by position among the candidates and by name.
+  const int32_t* const position = where;
+  const int32_t* const neuron = named ? named : where ? where : c.list;
+
+  const auto compute = [&](int64_t segment, Slice s) {
+    if (gate_threshold) found.copy(s, where, nullptr);
+    if (named)
+      for (int64_t j = s.begin; j < s.end; ++j) named[j] = c.list[where[j]];
     if (dot_up)
-      up.isa->dot_rows(f.up.dtype, f.up.data, f.up.stride, neuron ? neuron + s.begin : nullptr, s.begin, s.size(), up.x,
-                       up.x_stride, batch, f.up.in, dots + s.begin, padded(kept));
+      up.isa->dot_rows(f.up.dtype, f.up.data, f.up.stride, neuron ? neuron + s.begin : nullptr, s.begin, s.size(), up.x.x,
+                       up.x.stride, batch, f.up.in, dots + s.begin, dots_stride);
     const float* u = dots;
-    int64_t from_stride = padded(kept);
+    int64_t from_stride = dots_stride;
     if (u_known) {
       u = u_known;
       from_stride = u_stride;
     }
     float* const scratch = dots ? dots : v;  // where up's values are biased and activated; in columns layout, v itself
-    const int64_t scratch_stride = dots ? padded(kept) : v_stride;
+    const int64_t scratch_stride = dots ? dots_stride : v_stride;
     if (gated)
       for (int64_t b = 0; b < batch; ++b) {
         for (int64_t j = s.begin; j < s.end; ++j) {
@@ -171,30 +174,31 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
       used[n] = i;
       n += any;
     }
-    used_count[task] = n - s.begin;
-    if (!down_columns) return;
-    const int64_t acc_stride = task ? part_stride : y_stride;
-    float* const acc = task ? partial + (task - 1) * batch * part_stride : y;
-    start_accumulator(acc, acc_stride, task ? nullptr : f.down.bias, batch, f.down.out);
-    isa.add_rows(f.down.dtype, f.down.data, f.down.stride, used + s.begin, 0, n - s.begin, v + s.begin, v_stride, batch,
-                 f.down.out, acc, acc_stride);
+    used_count[segment] = n - s.begin;
+    if (down_columns) sums.add(isa, segment, 0, n - s.begin, used + s.begin, v + s.begin, v_stride);
+  };
+  parallel(tasks, [&](int64_t task) {
+    if (gate_threshold) found.find(task);
+    const int64_t length = gate_threshold ? found.count() : c.count;
+    segments.each(task, [&](int64_t segment) { compute(segment, segments.slice(length, segment)); });
   });
 
+  const int64_t kept = gate_threshold ? found.count() : c.count;
   int64_t used_total = 0;
-  for (int64_t t = 0; t < tasks; ++t) used_total += used_count[t];
-  const int64_t first_rows = products[0].kept_count;
-  const int64_t up_count = !gated ? first_rows : dot_up ? kept : products[1].kept_count;
+  for (int64_t k = 0; k < segments.number(); ++k) used_total += used_count[k];
+  const int64_t first_rows = products[0].count;
+  const int64_t up_count = !gated ? first_rows : dot_up ? kept : products[1].count;
   if (down_columns) {
-    reduce(y, y_stride, partial, part_stride, tasks, batch, f.down.out);
+    sums.finish();
   } else {
     // Down stored by rows cannot skip neurons: spread the values over a dense vector.
     const int64_t wide_stride = padded(f.up.out);
     float* const wide = arena().take<float>(batch * wide_stride);
     __builtin_memset(wide, 0, size_t(batch * wide_stride) * sizeof(float));
-    for (int64_t t = 0; t < tasks; ++t) {
-      const int64_t begin = slice_of(kept, t, tasks).begin;
+    for (int64_t k = 0; k < segments.number(); ++k) {
+      const int64_t begin = segments.slice(kept, k).begin;
       for (int64_t b = 0; b < batch; ++b)
-        for (int64_t j = begin; j < begin + used_count[t]; ++j) wide[b * wide_stride + used[j]] = v[b * v_stride + j];
+        for (int64_t j = begin; j < begin + used_count[k]; ++j) wide[b * wide_stride + used[j]] = v[b * v_stride + j];
     }
     Product down = prepare(f.down, nullptr, wide, wide_stride, batch, y, y_stride);
     run(&down, 1, batch, stats);

@@ -13,8 +13,7 @@ namespace actsparse {
 const IsaOps& ops();
 int64_t thread_count();
 // Runs body(context, task) for every task < tasks on torch's threads. Tasks may run in any order, on any thread, one after
-// another (a nested parallel region is serial), and again after a failure of the pool: each must stand alone and start its
-// own results from nothing.
+// another (a nested parallel region is serial), and, where the pool refuses to start, on the calling thread.
 void run_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
 
 template <typename F>
@@ -74,29 +73,139 @@ inline int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16 + 16; }
 
 bool valid_matrix(const as_matrix& w);
 
+// Activations [batch, stride]: float32 at `x`, or values of another type at `raw` (dense), which whoever needs them in
+// float32 widens into `x` first.
+struct Activations {
+  float* x = nullptr;  // nobody else's, and written, only where there is something to widen
+  int64_t stride = 0;
+  const void* raw = nullptr;
+  int32_t raw_dtype = AS_F32;
+  void widen(const IsaOps& isa, int64_t batch, int64_t n, int64_t begin, int64_t end) const;
+};
+
+// Pieces of work inside one parallel region. A task claims a piece before it begins it, so each is done once whoever comes
+// first, and where tasks run one after another the first does all. Only pieces that a running task has begun are waited for.
+class Claims {
+ public:
+  Claims() = default;
+  explicit Claims(int64_t count);
+  bool take(int64_t piece) const;
+  void finish(int64_t piece) const;
+  void wait() const;  // until every piece is finished; all must have been claimed
+
+ private:
+  enum { untouched, begun, finished };
+  struct alignas(64) State {  // a line each: others wait for it
+    int32_t value;
+  };
+  State* state_ = nullptr;
+  int64_t count_ = 0;
+};
+
+// A list of stored rows or columns cut into segments: one for each task, or (finely) a large one for each and then smaller and
+// smaller ones for whoever is done first, because cores rarely get equal shares of the memory's bandwidth. Where the cuts are
+// depends on the length and the number of tasks alone, so sums that are kept per segment and added up in order do not depend
+// on who was faster.
+class Segments {
+ public:
+  Segments() = default;
+  Segments(int64_t tasks, bool finely);
+  int64_t number() const { return number_; }
+  Slice slice(int64_t length, int64_t segment) const;
+  // Calls work(segment) for those that this task gets.
+  template <typename F>
+  void each(int64_t task, F&& work) const {
+    const auto attempt = [&](int64_t segment) {
+      if (!claims_.take(segment)) return;
+      work(segment);
+      claims_.finish(segment);
+    };
+    attempt(task);
+    for (int64_t i = tasks_; i < number_; ++i) attempt(i);
+    for (int64_t i = 0; i < tasks_; ++i) attempt(i);  // whose task has not begun
+  }
+
+ private:
+  Claims claims_;
+  int64_t tasks_ = 0, number_ = 0;
+};
+
+// The positions i < n at which any batch row has not (|x| < threshold[i]), found by all tasks of the region that needs them.
+class Kept {
+ public:
+  Kept() = default;
+  Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t tasks);
+  void find(int64_t task) const;  // by every task before anything below
+  int64_t count() const;
+  // Writes the kept positions of the slice, ascending, and at batch 1 (unless `values` is NULL) the activations there, at the
+  // places of the slice in lists that all tasks fill together.
+  void copy(Slice slice, int32_t* positions, float* values) const;
+
+ private:
+  Slice part(int64_t number) const;
+  const IsaOps* isa_ = nullptr;
+  Activations x_;
+  const float* threshold_ = nullptr;
+  int64_t batch_ = 0, n_ = 0, tasks_ = 0;
+  Claims claims_;
+  int64_t* counts_ = nullptr;  // of each part
+  int32_t* positions_ = nullptr;  // of each part, counted from its beginning
+  float* values_ = nullptr;
+};
+
+// Where the sums over the segments of stored columns go: the first to `out` (with the bias), the others to rooms of their own,
+// which are added to it in order afterwards.
+class Sums {
+ public:
+  Sums() = default;
+  Sums(const Segments& segments, const as_matrix& w, int64_t batch, float* out, int64_t out_stride);
+  // Reads `count` columns: those named, or all from `first` on.
+  void add(const IsaOps& isa, int64_t segment, int64_t first, int64_t count, const int32_t* columns,
+           const float* coefficients, int64_t coefficient_stride) const;
+  void finish() const;  // after the region
+
+ private:
+  const as_matrix* w_ = nullptr;
+  int64_t batch_ = 0, out_stride_ = 0, stride_ = 0, segments_ = 0;
+  float *out_ = nullptr, *rooms_ = nullptr;
+  bool* filled_ = nullptr;
+};
+
+constexpr int32_t no_activation = -1;
+
 // One product y = W x~ + bias inside a region that may run several. `out` is [batch, out_stride] float32.
 struct Product {
   const as_matrix* w = nullptr;
   const IsaOps* isa = nullptr;  // that x was arranged for: the one in use may be changed by another thread meanwhile
-  const float* x = nullptr;  // [batch, x_stride]; AS_COLUMNS: coefficients of the kept columns, in order; AS_ROWS: arranged
-  int64_t x_stride = 0;
-  const int32_t* kept = nullptr;  // AS_ROWS: rows to compute; AS_COLUMNS: columns to read; NULL = all
-  int64_t kept_count = 0;
-  float* out = nullptr;  // AS_ROWS: [batch, kept_count]; AS_COLUMNS: [batch, out]
+  Activations x;  // AS_ROWS: arranged; AS_COLUMNS: coefficients
+  const float* threshold = nullptr;  // AS_COLUMNS: decides in the region which columns are read
+  Kept found;
+  float* coefficients = nullptr;  // AS_COLUMNS with a threshold: [batch, coefficient_stride] of the kept columns, in order
+  int64_t coefficient_stride = 0;
+  int32_t* columns = nullptr;  // and which they are
+  const int32_t* rows = nullptr;  // AS_ROWS: rows to compute; NULL = all
+  int64_t count = 0;  // rows to compute or columns to read; before the region, with a threshold: all of them
+  float* out = nullptr;  // AS_ROWS: [batch, count]; AS_COLUMNS: [batch, out]
   int64_t out_stride = 0;
-  float* partial = nullptr;  // AS_COLUMNS: accumulators of the tasks after the first
-  int64_t bytes() const { return kept_count * stored_bytes(*w); }
+  int32_t activation = no_activation;  // AS_ROWS: applied to each value once its bias is in
+  Segments segments;
+  Sums sums;  // AS_COLUMNS
+  int64_t length() const { return threshold ? found.count() : count; }  // inside the region and after it
+  int64_t bytes() const { return count * stored_bytes(*w); }
 };
 
-// Prepares W x~ for activations x [batch, x_stride]. `rows` names the rows wanted (AS_ROWS only; NULL = all).
-Product prepare(const as_matrix& w, const float* threshold, const float* x, int64_t x_stride, int64_t batch, float* out,
+// Prepares W x~. `rows` names the rows wanted (AS_ROWS only; NULL = all).
+Product prepare(const as_matrix& w, const float* threshold, const Activations& x, int64_t batch, float* out,
                 int64_t out_stride, const int32_t* rows = nullptr, int64_t row_count = 0);
+inline Product prepare(const as_matrix& w, const float* threshold, const float* x, int64_t x_stride, int64_t batch,
+                       float* out, int64_t out_stride, const int32_t* rows = nullptr, int64_t row_count = 0) {
+  Activations wide;
+  wide.x = const_cast<float*>(x);
+  wide.stride = x_stride;
+  return prepare(w, threshold, wide, batch, out, out_stride, rows, row_count);
+}
 // Computes all products in one parallel region (and a second for a large reduction); adds the bytes read to stats.
 void run(Product* products, int64_t count, int64_t batch, as_stats* stats);
-// acc[b] (task 0's accumulator, in place) += the accumulators of the other tasks, partial[(task - 1)][b][stride].
-void reduce(float* acc, int64_t acc_stride, const float* partial, int64_t stride, int64_t tasks, int64_t batch, int64_t n);
-void start_accumulator(float* acc, int64_t acc_stride, const float* bias, int64_t batch, int64_t n);
-
 void count_rows(as_stats* stats, int64_t gate, int64_t up, int64_t down, int64_t bytes);
 
 bool valid_ffn(const as_ffn& f);

@@ -60,21 +60,24 @@ struct Vec {
   }
   static uint16_t to_f16(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
 
-  static int64_t keep(const float* v, const float* threshold, int64_t n, int32_t* idx, float* values = nullptr) {
+  template <typename T>
+  static int64_t keep(const T* v, const float* threshold, int64_t n, int32_t* idx, float* values) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
-    int64_t count = 0, i = 0;
-    for (; i + lanes <= n; i += lanes) {
-      const __m256 magnitude = _mm256_andnot_ps(sign, _mm256_loadu_ps(v + i));
-      unsigned mask = unsigned(_mm256_movemask_ps(_mm256_cmp_ps(magnitude, _mm256_loadu_ps(threshold + i), _CMP_NLT_UQ)));
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += lanes) {
+      const bool whole = i + lanes <= n;
+      const int rest = int(n - i);
+      const __m256 value = whole ? load(v + i) : load_tail(v + i, rest);
+      const __m256 at_least = whole ? load(threshold + i) : load_tail(threshold + i, rest);
+      unsigned mask = unsigned(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_andnot_ps(sign, value), at_least, _CMP_NLT_UQ)));
+      if (!whole) mask &= (1u << rest) - 1u;
+      float lane[lanes];
+      if (values) store(lane, value);
       for (; mask; mask &= mask - 1, ++count) {
-        idx[count] = int32_t(i) + __builtin_ctz(mask);
-        if (values) values[count] = v[idx[count]];
+        const int k = __builtin_ctz(mask);
+        idx[count] = int32_t(i) + k;
+        if (values) values[count] = lane[k];
       }
-    }
-    for (; i < n; ++i) {
-      idx[count] = int32_t(i);
-      if (values) values[count] = v[i];
-      count += !(__builtin_fabsf(v[i]) < threshold[i]);
     }
     return count;
   }

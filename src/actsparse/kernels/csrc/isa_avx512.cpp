@@ -49,13 +49,14 @@ struct Vec {
   static float sum(V v) { return _mm512_reduce_add_ps(v); }
   static uint16_t to_f16(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
 
-  static int64_t keep(const float* v, const float* threshold, int64_t n, int32_t* idx, float* values = nullptr) {
+  template <typename T>
+  static int64_t keep(const T* v, const float* threshold, int64_t n, int32_t* idx, float* values) {
     const __m512i step = _mm512_set1_epi32(lanes);
     __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     int64_t count = 0;
     for (int64_t i = 0; i < n; i += lanes, position = _mm512_add_epi32(position, step)) {
       const __mmask16 valid = n - i < lanes ? first(int(n - i)) : __mmask16(0xffff);
-      const __m512 value = _mm512_maskz_loadu_ps(valid, v + i), magnitude = _mm512_abs_ps(value);
+      const __m512 value = n - i < lanes ? load_tail(v + i, int(n - i)) : load(v + i), magnitude = _mm512_abs_ps(value);
       const __mmask16 kept =
           _mm512_mask_cmp_ps_mask(valid, magnitude, _mm512_maskz_loadu_ps(valid, threshold + i), _CMP_NLT_UQ);
       // Compress in a register, then store whole: the compressing store is microcoded on Zen 4.

@@ -90,12 +90,18 @@ struct Vec {
     return uint16_t(sign | ((rounded - (112u << 23)) >> 13));
   }
 
-  static int64_t keep(const float* v, const float* threshold, int64_t n, int32_t* idx, float* values = nullptr) {
+  template <typename T>
+  static int64_t keep(const T* v, const float* threshold, int64_t n, int32_t* idx, float* values) {
     int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      idx[count] = int32_t(i);
-      if (values) values[count] = v[i];
-      count += !(__builtin_fabsf(v[i]) < threshold[i]);
+    for (int64_t i = 0; i < n; i += lanes) {
+      const int valid = n - i < lanes ? int(n - i) : lanes;
+      float lane[lanes];
+      store(lane, valid < lanes ? load_tail(v + i, valid) : load(v + i));
+      for (int k = 0; k < valid; ++k) {
+        idx[count] = int32_t(i) + k;
+        if (values) values[count] = lane[k];
+        count += !(__builtin_fabsf(lane[k]) < threshold[i + k]);
+      }
     }
     return count;
   }

@@ -169,11 +169,13 @@ void dot_rows_t(const T* data, int64_t stride, const int32_t* idx, int64_t first
                 int64_t x_stride, int64_t batch, int64_t length, float* out, int64_t out_stride) {
   int64_t j = 0;
   if (batch == 1) j = dot_rows_by<T, wide_group>(data, stride, idx, first, j, count, x, x_stride, batch, length, out, out_stride);
+  if (batch == 1 && wide_group > 4)
+    j = dot_rows_by<T, 4>(data, stride, idx, first, j, count, x, x_stride, batch, length, out, out_stride);
   j = dot_rows_by<T, 2>(data, stride, idx, first, j, count, x, x_stride, batch, length, out, out_stride);
   dot_rows_by<T, 1>(data, stride, idx, first, j, count, x, x_stride, batch, length, out, out_stride);
 }
 
-template <typename T, int R, int B>
+template <typename T, int R, int B, bool Fresh>
 inline void add_group(const Rows<T, R>& rows, const Rows<T, R>& next, const float* coef, int64_t coef_stride,
                       int64_t length, float* acc, int64_t acc_stride) {
   constexpr int S = step_of<T>(), W = Vec::lanes, U = S / W, P = part_of<T>();
@@ -183,9 +185,13 @@ inline void add_group(const Rows<T, R>& rows, const Rows<T, R>& next, const floa
   for_lines(rows, next, length, [&](int64_t i) __attribute__((always_inline)) {
     for (int u = 0; u < U; u += P) {
       const int64_t k = i + u * W;
+      // Asked for ahead, because stores wait for their lines one by one.
+      if (Fresh)
+        for (int p = 0; p < P; ++p)
+          for (int b = 0; b < B; ++b) __builtin_prefetch(acc + b * acc_stride + k + (p + 16) * W, 1, 3);
       Vec::V a[P][B];
       for (int p = 0; p < P; ++p)
-        for (int b = 0; b < B; ++b) a[p][b] = Vec::load(acc + b * acc_stride + k + p * W);
+        for (int b = 0; b < B; ++b) a[p][b] = Fresh ? Vec::zero() : Vec::load(acc + b * acc_stride + k + p * W);
       for (int r = 0; r < R; ++r) {
         Vec::V w[P];
         load_part(rows.p[r] + k, w);
@@ -200,59 +206,81 @@ inline void add_group(const Rows<T, R>& rows, const Rows<T, R>& next, const floa
     const int n = length - i < W ? int(length - i) : W;
     for (int b = 0; b < B; ++b) {
       float* const at = acc + b * acc_stride + i;
-      Vec::V a = Vec::load_tail(at, n);
+      Vec::V a = Fresh ? Vec::zero() : Vec::load_tail(at, n);
       for (int r = 0; r < R; ++r) a = Vec::fma(c[b][r], Vec::load_tail(rows.p[r] + i, n), a);
       Vec::store_tail(at, a, n);
     }
   }
 }
 
-template <typename T, int R>
+template <typename T, int R, bool Fresh>
 inline void add_batch(const Rows<T, R>& rows, const Rows<T, R>& next, const float* coef, int64_t coef_stride,
                       int64_t batch, int64_t length, float* acc, int64_t acc_stride) {
   int64_t b = 0;
   for (; b + 4 <= batch; b += 4)
-    add_group<T, R, 4>(rows, b ? rows : next, coef + b * coef_stride, coef_stride, length, acc + b * acc_stride,
-                       acc_stride);
+    add_group<T, R, 4, Fresh>(rows, b ? rows : next, coef + b * coef_stride, coef_stride, length, acc + b * acc_stride,
+                              acc_stride);
   const Rows<T, R>& ahead = b ? rows : next;
   coef += b * coef_stride;
   acc += b * acc_stride;
   switch (batch - b) {
-    case 1: add_group<T, R, 1>(rows, ahead, coef, coef_stride, length, acc, acc_stride); break;
-    case 2: add_group<T, R, 2>(rows, ahead, coef, coef_stride, length, acc, acc_stride); break;
-    case 3: add_group<T, R, 3>(rows, ahead, coef, coef_stride, length, acc, acc_stride); break;
+    case 1: add_group<T, R, 1, Fresh>(rows, ahead, coef, coef_stride, length, acc, acc_stride); break;
+    case 2: add_group<T, R, 2, Fresh>(rows, ahead, coef, coef_stride, length, acc, acc_stride); break;
+    case 3: add_group<T, R, 3, Fresh>(rows, ahead, coef, coef_stride, length, acc, acc_stride); break;
     default: break;
   }
 }
 
-template <typename T, int R>
-inline int64_t add_rows_by(const T* data, int64_t stride, const int32_t* idx, int64_t first, int64_t j, int64_t count,
-                           const float* coef, int64_t coef_stride, int64_t batch, int64_t length, float* acc,
-                           int64_t acc_stride) {
-  for (; j + R <= count; j += R) {
-    const Rows<T, R> rows = rows_at<T, R>(data, stride, idx, first, j, count);
-    if (idx) __builtin_prefetch(idx + j + 4 * R);
-    __builtin_prefetch(coef + j + 4 * R);
+// What stays the same while the rows of one matrix are added up.
+template <typename T>
+struct Adding {
+  const T* data;
+  int64_t stride;
+  const int32_t* idx;
+  int64_t first, count;
+  const float* coef;
+  int64_t coef_stride, batch, length;
+  float* acc;
+  int64_t acc_stride;
+};
+
+// Adds row groups of R from row j on, at most `groups` of them; returns the first row left.
+template <typename T, int R, bool Fresh = false>
+inline int64_t add_rows_by(const Adding<T>& a, int64_t j, int64_t groups) {
+  for (; groups > 0 && j + R <= a.count; j += R, --groups) {
+    const Rows<T, R> rows = rows_at<T, R>(a.data, a.stride, a.idx, a.first, j, a.count);
+    if (a.idx) __builtin_prefetch(a.idx + j + 4 * R);
+    __builtin_prefetch(a.coef + j + 4 * R);
     // What is left over after the last whole group is fewer than R rows, the last of them requested again.
-    const Rows<T, R> next = j + R < count ? rows_at<T, R>(data, stride, idx, first, j + R, count) : rows;
-    add_batch<T, R>(rows, next, coef + j, coef_stride, batch, length, acc, acc_stride);
+    const Rows<T, R> next = j + R < a.count ? rows_at<T, R>(a.data, a.stride, a.idx, a.first, j + R, a.count) : rows;
+    add_batch<T, R, Fresh>(rows, next, a.coef + j, a.coef_stride, a.batch, a.length, a.acc, a.acc_stride);
   }
   return j;
 }
 
 template <typename T>
 void add_rows_t(const T* data, int64_t stride, const int32_t* idx, int64_t first, int64_t count, const float* coef,
-                int64_t coef_stride, int64_t batch, int64_t length, float* acc, int64_t acc_stride) {
+                int64_t coef_stride, int64_t batch, int64_t length, float* acc, int64_t acc_stride, bool fresh) {
   // The accumulator of one pass over the rows: 16 KiB at batch 1, half of the smallest L1 in use.
   const int64_t block = batch == 1 ? 4096 : 2048;
   for (int64_t o = 0; o < length; o += block) {
     const int64_t n = length - o < block ? length - o : block;
-    for (int64_t b = 0; b < batch; ++b) arrange_t<T, false>(acc + b * acc_stride + o, n);
+    const Adding<T> a = {data + o, stride, idx, first, count, coef, coef_stride, batch, n, acc + o, acc_stride};
     int64_t j = 0;
-    if (batch == 1)
-      j = add_rows_by<T, 8>(data + o, stride, idx, first, j, count, coef, coef_stride, batch, n, acc + o, acc_stride);
-    j = add_rows_by<T, 4>(data + o, stride, idx, first, j, count, coef, coef_stride, batch, n, acc + o, acc_stride);
-    add_rows_by<T, 1>(data + o, stride, idx, first, j, count, coef, coef_stride, batch, n, acc + o, acc_stride);
+    if (fresh && count >= 4) {
+      // The accumulators may lie in another core's cache: storing into them while weights arrive hides fetching them.
+      j = batch == 1 && count >= 8 ? add_rows_by<T, 8, true>(a, j, 1) : add_rows_by<T, 4, true>(a, j, 1);
+    } else {
+      for (int64_t b = 0; b < batch; ++b)
+        if (fresh)
+          __builtin_memset(acc + b * acc_stride + o, 0, size_t(n) * sizeof(float));
+        else
+          arrange_t<T, false>(acc + b * acc_stride + o, n);
+    }
+    if (batch == 1) j = add_rows_by<T, 8>(a, j, count);
+    j = add_rows_by<T, 4>(a, j, count);
+    j = add_rows_by<T, 2>(a, j, count);
+    add_rows_by<T, 1>(a, j, count);
     for (int64_t b = 0; b < batch; ++b) arrange_t<T, true>(acc + b * acc_stride + o, n);
   }
 }
@@ -268,16 +296,17 @@ void dot_rows(int32_t dtype, const void* data, int64_t stride, const int32_t* id
 }
 
 void add_rows(int32_t dtype, const void* data, int64_t stride, const int32_t* idx, int64_t first, int64_t count,
-              const float* coef, int64_t coef_stride, int64_t batch, int64_t length, float* acc, int64_t acc_stride) {
+              const float* coef, int64_t coef_stride, int64_t batch, int64_t length, float* acc, int64_t acc_stride,
+              bool fresh) {
   if (dtype == AS_F32)
     add_rows_t(static_cast<const float*>(data), stride, idx, first, count, coef, coef_stride, batch, length, acc,
-               acc_stride);
+               acc_stride, fresh);
   else if (dtype == AS_BF16)
     add_rows_t(static_cast<const Bf16*>(data), stride, idx, first, count, coef, coef_stride, batch, length, acc,
-               acc_stride);
+               acc_stride, fresh);
   else
     add_rows_t(static_cast<const F16*>(data), stride, idx, first, count, coef, coef_stride, batch, length, acc,
-               acc_stride);
+               acc_stride, fresh);
 }
 
 void arrange(int32_t dtype, float* x, int64_t n) {
@@ -394,9 +423,12 @@ void activate(int32_t kind, float* x, int64_t n) {
   }
 }
 
-int64_t keep(const float* v, int64_t v_stride, const float* threshold, int64_t batch, int64_t n, int32_t* idx,
-             float* values) {
-  if (batch == 1) return values ? Vec::keep(v, threshold, n, idx, values) : Vec::keep(v, threshold, n, idx);
+int64_t keep(int32_t dtype, const void* from, int64_t v_stride, const float* threshold, int64_t batch, int64_t n,
+             int32_t* idx, float* values) {
+  if (batch == 1 && dtype == AS_BF16) return Vec::keep(static_cast<const Bf16*>(from), threshold, n, idx, values);
+  if (batch == 1 && dtype == AS_F16) return Vec::keep(static_cast<const F16*>(from), threshold, n, idx, values);
+  const float* const v = static_cast<const float*>(from);
+  if (batch == 1) return Vec::keep(v, threshold, n, idx, values);
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     bool any = false;

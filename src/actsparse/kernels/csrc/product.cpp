@@ -20,102 +20,144 @@ void count_rows(as_stats* stats, int64_t gate, int64_t up, int64_t down, int64_t
   if (bytes) __atomic_fetch_add(&stats->bytes, bytes, __ATOMIC_RELAXED);
 }
 
-Product prepare(const as_matrix& w, const float* threshold, const float* x, int64_t x_stride, int64_t batch, float* out,
+Product prepare(const as_matrix& w, const float* threshold, const Activations& x, int64_t batch, float* out,
                 int64_t out_stride, const int32_t* rows, int64_t row_count) {
   Product p;
   p.w = &w;
   p.isa = &ops();
   p.x = x;
-  p.x_stride = x_stride;
   p.out = out;
   p.out_stride = out_stride;
-  const bool by_rows = w.layout == AS_ROWS;
-  p.kept = by_rows ? rows : nullptr;
-  p.kept_count = by_rows && rows ? row_count : stored_count(w);
-  if (!threshold && !by_rows) return p;
-
-  float* const masked = arena().take<float>(batch * padded(w.in));  // padded leaves the 16 that keep needs
-  p.x = masked;
-  p.x_stride = padded(w.in);
-  if (by_rows) {
-    for (int64_t b = 0; b < batch; ++b) {
-      float* const row = masked + b * p.x_stride;
-      __builtin_memcpy(row, x + b * x_stride, size_t(w.in) * sizeof(float));
-      if (threshold)
-        for (int64_t i = 0; i < w.in; ++i) row[i] = __builtin_fabsf(row[i]) < threshold[i] ? 0.0f : row[i];
-      p.isa->arrange(w.dtype, row, w.in);
-    }
+  p.count = w.layout == AS_ROWS && rows ? row_count : stored_count(w);
+  if (w.layout == AS_COLUMNS && threshold) {
+    p.threshold = threshold;
+    p.coefficient_stride = padded(w.in);
+    p.coefficients = arena().take<float>(batch * p.coefficient_stride);
+    p.columns = arena().take<int32_t>(w.in);
     return p;
   }
-  int32_t* const kept = arena().take<int32_t>(w.in + 16);
-  p.kept_count = p.isa->keep(x, x_stride, threshold, batch, w.in, kept, masked);
-  p.kept = kept;
-  if (batch == 1) return p;
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t j = 0; j < p.kept_count; ++j) {
-      const float v = x[b * x_stride + kept[j]];
-      // Another batch row may be the one that keeps this column.
-      masked[b * p.x_stride + j] = __builtin_fabsf(v) < threshold[kept[j]] ? 0.0f : v;
-    }
+  p.x.widen(*p.isa, batch, w.in, 0, w.in);
+  p.x.raw = nullptr;
+  if (w.layout == AS_COLUMNS) return p;
+
+  p.rows = rows;
+  if (!x.raw) {
+    p.x.stride = padded(w.in);
+    p.x.x = arena().take<float>(batch * p.x.stride);
+    for (int64_t b = 0; b < batch; ++b)
+      __builtin_memcpy(p.x.x + b * p.x.stride, x.x + b * x.stride, size_t(w.in) * sizeof(float));
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    float* const row = p.x.x + b * p.x.stride;
+    if (threshold)
+      for (int64_t i = 0; i < w.in; ++i) row[i] = __builtin_fabsf(row[i]) < threshold[i] ? 0.0f : row[i];
+    p.isa->arrange(w.dtype, row, w.in);
+  }
   return p;
 }
 
-void start_accumulator(float* acc, int64_t acc_stride, const float* bias, int64_t batch, int64_t n) {
-  for (int64_t b = 0; b < batch; ++b)
-    if (bias)
-      __builtin_memcpy(acc + b * acc_stride, bias, size_t(n) * sizeof(float));
-    else
-      __builtin_memset(acc + b * acc_stride, 0, size_t(n) * sizeof(float));
+Sums::Sums(const Segments& segments, const as_matrix& w, int64_t batch, float* out, int64_t out_stride)
+    : w_(&w), batch_(batch), out_stride_(out_stride), stride_(padded(w.out)), segments_(segments.number()), out_(out) {
+  rooms_ = arena().take<float>((segments_ - 1) * batch * stride_);
+  filled_ = arena().take<bool>(segments_);
 }
 
-void reduce(float* acc, int64_t acc_stride, const float* partial, int64_t stride, int64_t tasks, int64_t batch, int64_t n) {
-  if (tasks <= 1) return;
-  const int64_t reducers = tasks_for((tasks - 1) * batch * n * int64_t(sizeof(float)));
+void Sums::add(const IsaOps& isa, int64_t segment, int64_t first, int64_t count, const int32_t* columns,
+               const float* coefficients, int64_t coefficient_stride) const {
+  filled_[segment] = count > 0;
+  if (segment && count == 0) return;
+  float* const acc = segment ? rooms_ + (segment - 1) * batch_ * stride_ : out_;
+  const int64_t stride = segment ? stride_ : out_stride_;
+  const bool fresh = segment || !w_->bias;
+  for (int64_t b = 0; !fresh && b < batch_; ++b)
+    __builtin_memcpy(acc + b * stride, w_->bias, size_t(w_->out) * sizeof(float));
+  isa.add_rows(w_->dtype, w_->data, w_->stride, columns, first, count, coefficients, coefficient_stride, batch_, w_->out, acc,
+               stride, fresh);
+}
+
+void Sums::finish() const {
+  if (segments_ == 1) return;
+  const int64_t n = w_->out, reducers = tasks_for((segments_ - 1) * batch_ * n * int64_t(sizeof(float)));
   parallel(reducers, [&](int64_t task) {
-    const Slice s = slice_of((n + 15) / 16, task, reducers);  // whole lines
-    const int64_t end = s.end * 16 < n ? s.end * 16 : n;
-    for (int64_t b = 0; b < batch; ++b)
-      for (int64_t t = 0; t + 1 < tasks; ++t) {
-        const float* const from = partial + (t * batch + b) * stride;
-        float* const to = acc + b * acc_stride;
-        for (int64_t o = s.begin * 16; o < end; ++o) to[o] += from[o];
+    const Slice lines = slice_of((n + 15) / 16, task, reducers);  // no two tasks write to one
+    const int64_t end = lines.end * 16 < n ? lines.end * 16 : n;
+    for (int64_t b = 0; b < batch_; ++b)
+      for (int64_t k = 1; k < segments_; ++k) {
+        if (!filled_[k]) continue;
+        const float* const from = rooms_ + ((k - 1) * batch_ + b) * stride_;
+        float* const to = out_ + b * out_stride_;
+        for (int64_t o = lines.begin * 16; o < end; ++o) to[o] += from[o];
       }
   });
 }
+
+namespace {
+
+void rows_of(const Product& p, Slice s, int64_t batch) {
+  const as_matrix& w = *p.w;
+  const int32_t* const idx = p.rows ? p.rows + s.begin : nullptr;
+  p.isa->dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x.x, p.x.stride, batch, w.in, p.out + s.begin,
+                  p.out_stride);
+  for (int64_t b = 0; b < batch; ++b) {
+    float* const out = p.out + b * p.out_stride;
+    if (w.bias)
+      for (int64_t j = s.begin; j < s.end; ++j) out[j] += w.bias[p.rows ? p.rows[j] : j];
+    if (p.activation != no_activation) p.isa->activate(p.activation, out + s.begin, s.size());
+  }
+}
+
+void columns_of(const Product& p, Slice s, int64_t segment, int64_t batch) {
+  const int32_t* idx = nullptr;
+  const float* coefficients = p.x.x;
+  int64_t stride = p.x.stride;
+  if (p.threshold) {
+    p.found.copy(s, p.columns, p.coefficients);
+    idx = p.columns + s.begin;
+    coefficients = p.coefficients;
+    stride = p.coefficient_stride;
+    for (int64_t b = 0; batch > 1 && b < batch; ++b)
+      for (int64_t j = s.begin; j < s.end; ++j) {
+        const float v = p.x.x[b * p.x.stride + p.columns[j]];
+        // Another batch row may be the one that keeps this column.
+        p.coefficients[b * stride + j] = __builtin_fabsf(v) < p.threshold[p.columns[j]] ? 0.0f : v;
+      }
+  }
+  p.sums.add(*p.isa, segment, s.begin, s.size(), idx, coefficients + s.begin, stride);
+}
+
+}  // namespace
 
 void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
-  int64_t bytes = 0;
-  for (int64_t k = 0; k < count; ++k) bytes += products[k].bytes();
-  const int64_t tasks = tasks_for(bytes);
-  for (int64_t k = 0; k < count; ++k)
-    if (products[k].w->layout == AS_COLUMNS && tasks > 1)
-      products[k].partial = arena().take<float>((tasks - 1) * batch * padded(products[k].w->out));
+  int64_t most = 0;
+  for (int64_t k = 0; k < count; ++k) most += products[k].bytes();
+  const int64_t tasks = tasks_for(most);
+  for (Product* p = products; p < products + count; ++p) {
+    // Sums of further segments would have to be fetched from other cores, which takes what the finer cut gains.
+    p->segments = Segments(tasks, p->w->layout == AS_ROWS);
+    if (p->w->layout == AS_COLUMNS) p->sums = Sums(p->segments, *p->w, batch, p->out, p->out_stride);
+    if (p->threshold) p->found = Kept(*p->isa, p->x, p->threshold, batch, p->w->in, tasks);
+  }
 
   parallel(tasks, [&](int64_t task) {
-    for (int64_t k = 0; k < count; ++k) {
-      const Product& p = products[k];
-      const as_matrix& w = *p.w;
-      const Slice s = slice_of(p.kept_count, task, tasks);
-      const int32_t* const idx = p.kept ? p.kept + s.begin : nullptr;
-      if (w.layout == AS_ROWS) {
-        p.isa->dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x, p.x_stride, batch, w.in,
-                        p.out + s.begin, p.out_stride);
-        if (w.bias)
-          for (int64_t b = 0; b < batch; ++b)
-            for (int64_t j = s.begin; j < s.end; ++j) p.out[b * p.out_stride + j] += w.bias[p.kept ? p.kept[j] : j];
-      } else {
-        const int64_t stride = task ? padded(w.out) : p.out_stride;
-        float* const acc = task ? p.partial + (task - 1) * batch * stride : p.out;
-        start_accumulator(acc, stride, task ? nullptr : w.bias, batch, w.out);
-        p.isa->add_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x + s.begin, p.x_stride, batch, w.out,
-                        acc, stride);
-      }
+    for (const Product* p = products; p < products + count; ++p) {
+      if (p->threshold) p->found.find(task);
+      const int64_t length = p->length();
+      p->segments.each(task, [&](int64_t segment) {
+        const Slice s = p->segments.slice(length, segment);
+        if (p->w->layout == AS_ROWS)
+          rows_of(*p, s, batch);
+        else
+          columns_of(*p, s, segment, batch);
+      });
     }
   });
-  for (int64_t k = 0; k < count; ++k)
-    if (products[k].w->layout == AS_COLUMNS)
-      reduce(products[k].out, products[k].out_stride, products[k].partial, padded(products[k].w->out), tasks, batch,
-             products[k].w->out);
+
+  int64_t bytes = 0;
+  for (Product* p = products; p < products + count; ++p) {
+    p->count = p->length();
+    if (p->w->layout == AS_COLUMNS) p->sums.finish();
+    bytes += p->bytes();
+  }
   count_rows(stats, 0, 0, 0, bytes);
 }
 
@@ -125,16 +167,19 @@ using namespace actsparse;
 
 namespace {
 
-const float* widened(const void* x, int64_t batch, int64_t n, int32_t dtype, int64_t* stride) {
+// A view of the caller's activations, with room for them in float32 where they have another type.
+Activations activations_of(const void* x, int64_t batch, int64_t n, int32_t dtype) {
+  Activations a;
+  a.stride = n;
   if (dtype == AS_F32) {
-    *stride = n;
-    return static_cast<const float*>(x);
+    a.x = static_cast<float*>(const_cast<void*>(x));
+    return a;
   }
-  *stride = padded(n);
-  float* const wide = arena().take<float>(batch * *stride);
-  for (int64_t b = 0; b < batch; ++b)
-    ops().widen(dtype, static_cast<const char*>(x) + b * n * element_size(dtype), wide + b * *stride, n);
-  return wide;
+  a.stride = padded(n);
+  a.x = arena().take<float>(batch * a.stride);
+  a.raw = x;
+  a.raw_dtype = dtype;
+  return a;
 }
 
 void narrowed(const float* y, int64_t y_stride, void* out, int64_t batch, int64_t n, int32_t dtype) {
@@ -161,11 +206,9 @@ int32_t as_linear(const as_matrix* w, const float* threshold, const void* x, voi
   if (!w || !valid_matrix(*w) || !valid_call(x, y, batch, io_dtype)) return AS_EINVAL;
   try {
     arena().reset();
-    int64_t x_stride;
-    const float* const xf = widened(x, batch, w->in, io_dtype, &x_stride);
     const int64_t y_stride = padded(w->out);
     float* const yf = arena().take<float>(batch * y_stride);
-    Product p = prepare(*w, threshold, xf, x_stride, batch, yf, y_stride);
+    Product p = prepare(*w, threshold, activations_of(x, batch, w->in, io_dtype), batch, yf, y_stride);
     run(&p, 1, batch, stats);
     narrowed(yf, y_stride, y, batch, w->out, io_dtype);
   } catch (const std::bad_alloc&) {
@@ -181,11 +224,9 @@ int32_t as_linear_rows(const as_matrix* w, const int32_t* rows, int64_t row_coun
   if (row_count == 0) return AS_OK;
   try {
     arena().reset();
-    int64_t x_stride;
-    const float* const xf = widened(x, batch, w->in, io_dtype, &x_stride);
     const int64_t y_stride = padded(row_count);
     float* const yf = arena().take<float>(batch * y_stride);
-    Product p = prepare(*w, nullptr, xf, x_stride, batch, yf, y_stride, rows, row_count);
+    Product p = prepare(*w, nullptr, activations_of(x, batch, w->in, io_dtype), batch, yf, y_stride, rows, row_count);
     run(&p, 1, batch, stats);
     const int64_t size = element_size(io_dtype);
     char* const narrow = arena().take<char>(row_count * size);
@@ -205,11 +246,11 @@ int32_t as_ffn_forward(const as_ffn* f, const void* x, void* y, int64_t batch, i
   if (f->neurons && !valid_list(f->neurons, f->neuron_count, f->up.out)) return AS_EINVAL;
   try {
     arena().reset();
-    int64_t x_stride;
-    const float* const xf = widened(x, batch, f->up.in, io_dtype, &x_stride);
+    const Activations a = activations_of(x, batch, f->up.in, io_dtype);
+    a.widen(ops(), batch, f->up.in, 0, f->up.in);
     const int64_t y_stride = padded(f->down.out);
     float* const yf = arena().take<float>(batch * y_stride);
-    ffn(*f, xf, x_stride, yf, y_stride, batch, stats);
+    ffn(*f, a.x, a.stride, yf, y_stride, batch, stats);
     narrowed(yf, y_stride, y, batch, f->down.out, io_dtype);
   } catch (const std::bad_alloc&) {
     return AS_ENOMEM;

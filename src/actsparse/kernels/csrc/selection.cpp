@@ -75,7 +75,7 @@ int32_t as_core_statistics(const void* x, int32_t dtype, int64_t tokens, int64_t
         const int64_t active = isa.rectify(positive, strength, channels);
         int64_t k = count ? count : int64_t(std::nearbyint(share * float(active)));
         k = k < 1 ? 1 : k;
-        const int64_t found = guess > 0.f ? isa.keep(strength, channels, threshold, 1, channels, places, candidates) : 0;
+        const int64_t found = guess > 0.f ? isa.keep(AS_F32, strength, channels, threshold, 1, channels, places, candidates) : 0;
         if (found >= k) std::nth_element(candidates, candidates + (k - 1), candidates + found, std::greater<float>());
         const float level = found >= k ? candidates[k - 1] : largest(strength, channels, k, steps, candidates);
         // Selecting among many costs more than counting steps. While the guess serves, its threshold is not written anew.
