@@ -3,10 +3,10 @@
     python benchmarks/kernels.py [--shape 2048x8192] [--dtype bfloat16] [--density 1.0 0.5] [--isa avx512] [--json]
 
 The read bandwidth of the machine is printed first; the column "read" is the one measured between the calls of that line,
-and the ceiling of its share. Calls are made and timed in C, eight in a row on other weights, as a decode step makes them;
-what the Python layer adds to a call is measured at the end, on a tiny matrix. Every kernel is compared with the
-float32 oracle before it is timed. Weights rotate through buffers far larger than any cache, and the kept set changes at
-every call. The last line is JSON.
+and the ceiling of its share: the median over rows of calls, each against the reads just before and after it. Calls are made
+and timed in C, sixteen in a row on other weights, as a decode step makes them; what the Python layer adds to a call is
+measured at the end, on a tiny matrix. Every kernel is compared with the float32 oracle before it is timed. Weights rotate
+through buffers far larger than any cache, and the kept set changes at every call. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DENSITIES = (1.0, 0.7, 0.5, 0.3, 0.1)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POOL_BYTES = 1 << 30
 KEPT_SETS = 7
-CALLS_IN_A_ROW = 8
+CALLS_IN_A_ROW = 16
 DROP = 3e38  # a threshold that nothing reaches
 
 Call = Callable[[int], Tensor]
@@ -67,30 +67,32 @@ def check(name: str, found: Tensor, expected: Tensor) -> None:
 
 def rates(
     native: Native, dtype: torch.dtype, needed: int, seconds: float, weights: list[Tensor]
-) -> tuple[Rates, float]:
-    """Median, 10th and 90th percentile GB/s of rows of calls, and the median GB/s of plain reads between them.
+) -> tuple[Rates, float, float]:
+    """Median, 10th and 90th percentile GB/s of rows of calls, the median GB/s of plain reads, and the rows' share of it.
 
-    The read bandwidth of a shared machine drifts within seconds, so each row of calls is paired with a read of another
-    buffer of the same pool; that also leaves nothing of these calls' weights in the caches.
+    The read bandwidth of a shared machine drifts within seconds, so each row of calls is compared with the reads right
+    before and after it, of other buffers of the same pool; that also leaves nothing of these calls' weights in the caches.
     """
     lib = kernels.cpu.library()
-    found, read = [], []
+
+    def read(i: int) -> float:
+        # A call uses buffers 3 i to 3 i + 2. This one is as far from the last call as from the next.
+        other = weights[3 * (i + len(weights) // 2) % len(weights)]
+        start = time.perf_counter()
+        lib.as_read(other.data_ptr(), other.nbytes)
+        return (time.perf_counter() - start) / other.nbytes * 1e9
+
+    found, costs = [], [read(0)]
     end = time.perf_counter() + seconds
     i = 0
     while time.perf_counter() < end or len(found) < 16:
-        # A call uses buffers 3 i to 3 i + 2. This one is as far from the last call as from the next.
-        other = weights[3 * (i + len(weights) // 2) % len(weights)]
         calls = [native(i + k) for k in range(CALLS_IN_A_ROW)]
-        start = time.perf_counter()
-        lib.as_read(other.data_ptr(), other.nbytes)
-        stop = time.perf_counter()
-        spent = kernels.cpu.time_calls(calls, dtype)
-        if i:
-            read.append(other.nbytes / (stop - start) / 1e9)
-            found.append(CALLS_IN_A_ROW * needed / spent / 1e9)
+        found.append(CALLS_IN_A_ROW * needed / kernels.cpu.time_calls(calls, dtype) / 1e9)
         i += CALLS_IN_A_ROW
+        costs.append(read(i))
+    shares = [rate * (before + after) / 2 for rate, before, after in zip(found, costs, costs[1:], strict=False)]
     deciles = statistics.quantiles(found, n=10)
-    return (statistics.median(found), deciles[0], deciles[-1]), statistics.median(read)
+    return (statistics.median(found), deciles[0], deciles[-1]), 1 / statistics.median(costs), statistics.median(shares)
 
 
 def cases(
@@ -200,8 +202,7 @@ def main() -> None:
                         continue
                     kernels.cpu.time_calls([native(1)], dtype)
                     check(name, result, oracle(1))
-                    (median, low, high), read = rates(native, dtype, needed, options.seconds, weights)
-                    share = median / read
+                    (median, low, high), read, share = rates(native, dtype, needed, options.seconds, weights)
                     say(
                         f"{name:8} {shape:>11} {dtype_name:>9} {density:7.2f} {median:6.1f} {low:6.1f} {high:6.1f} "
                         f"{read:6.1f} {share:6.0%} {needed / median / 1e3:7.0f}"

@@ -54,7 +54,7 @@ def _obstacle(x: Tensor, weights: tuple[Tensor | None, ...]) -> str:
     """Why a call cannot run natively; empty when it can."""
     if cpu.missing:
         return cpu.missing
-    if x.device.type != "cpu":
+    if not x.is_cpu:  # a fifth of the cost of device.type
         return f"x is on {x.device}; the native kernels run on the CPU"
     dtype = x.dtype
     if dtype not in cpu.DTYPES:
@@ -72,7 +72,7 @@ def _obstacle(x: Tensor, weights: tuple[Tensor | None, ...]) -> str:
             continue
         if weight.dtype != dtype:
             return f"a weight is {weight.dtype}, x is {dtype}"
-        if weight.device.type != "cpu":
+        if not weight.is_cpu:
             return f"a weight is on {weight.device}, x on the CPU"
         if weight.dim() != 2 or weight.numel() == 0 or cpu.layout_of(weight) is None:
             layout = f"shape {tuple(weight.shape)}, strides {weight.stride()}"
@@ -121,9 +121,9 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Ten
     out, inn = weight.shape
     if x.dim() == 0 or x.shape[-1] != inn:
         raise ValueError(f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)} takes {inn} features")
-    if bias is not None and tuple(bias.shape) != (out,):
+    if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({out},)")
-    if threshold is not None and tuple(threshold.shape) != (inn,):
+    if threshold is not None and threshold.shape != (inn,):
         raise ValueError(f"threshold has shape {tuple(threshold.shape)}, expected ({inn},)")
 
 
@@ -187,7 +187,7 @@ def _check_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, vectors
     }  # fmt: skip
     for name, size in sizes.items():
         vector = vectors[name]
-        if vector is not None and tuple(vector.shape) != (size,):
+        if vector is not None and vector.shape != (size,):
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({size},)")
     index = vectors["neurons"]
     if index is not None and (index.dim() != 1 or index.dtype != torch.int32):

@@ -282,9 +282,9 @@ def layout_of(weight: Tensor) -> tuple[int, int] | None:
 def _vector(values: Tensor | None, size: int, name: str) -> Tensor | None:
     if values is None:
         return None
-    if values.dim() != 1 or values.shape[0] != size:
+    if values.shape != (size,):
         raise ValueError(f"{name} has shape {tuple(values.shape)}, expected ({size},)")
-    if values.dtype is torch.float32 and values.device.type == "cpu" and values.is_contiguous():
+    if values.dtype is torch.float32 and values.is_cpu and values.is_contiguous():
         return values
     return values.detach().to(device="cpu", dtype=torch.float32).contiguous()
 
@@ -305,7 +305,7 @@ def matrix_of(weight: Tensor | None, bias: Tensor | None = None, name: str = "we
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected two dimensions")
     layout = layout_of(weight)
     dtype = DTYPES.get(weight.dtype)
-    if layout is None or dtype is None or weight.device.type != "cpu":
+    if layout is None or dtype is None or not weight.is_cpu:
         raise ValueError(
             f"{name} ({weight.dtype}, {weight.device}, strides {weight.stride()}) is no contiguous or transposed "
             "float32, bfloat16 or float16 CPU matrix"
@@ -487,7 +487,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | N
     x = x.contiguous()
     matrix = matrix_of(weight, bias)
     threshold = _vector(threshold, inn, "threshold")
-    y = x.new_empty((*x.shape[:-1], out))
+    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
     code = library().as_linear(
         ctypes.byref(matrix),
         _pointer(threshold),
@@ -527,7 +527,7 @@ def gated_ffn(x: Tensor, ffn: FFN) -> Tensor:
     if x.shape[-1] != ffn.up.in_:
         raise ValueError(f"x has {x.shape[-1]} features, the block takes {ffn.up.in_}")
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], ffn.down.out))
+    y = torch.empty((*x.shape[:-1], ffn.down.out), dtype=x.dtype)
     code = library().as_ffn_forward(
         ctypes.byref(ffn), x.data_ptr(), y.data_ptr(), x.numel() // ffn.up.in_, DTYPES[x.dtype], _stats_ref
     )
