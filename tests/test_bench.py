@@ -96,20 +96,21 @@ def test_rows_count_what_was_read(model, plans) -> None:
         assert row["decode_spread"][0] <= row["decode_tok_s"] <= row["decode_spread"][1]
         assert row["achieved_gb_s"] == pytest.approx(row["decode_tok_s"] * row["weights_read_bytes"] / 1e9)
         assert row["ceiling_tok_s"] == pytest.approx(document["read_gb_s"] * 1e9 / row["weights_read_bytes"])
-    assert len(report.read_gb_s) == 3
+        native = row["name"] != "hf-eager"
+        assert (0 < row["overhead_share"] < 1) if native else row["overhead_share"] is None
+    assert len(report.read_gb_s) == 1 + 2 * 4
 
 
-def test_products_alone_are_those_of_a_token(model, plans) -> None:
-    """The recorded inputs, run as single products, read what the decode step reads."""
-    settings = measure.Settings(prompt_tokens=8, new_tokens=3, repeats=1)
-    prompt = torch.arange(8)
-    sparsify(model, plans[0])
-    native = measure._Native(model, prompt, settings)
-    inputs = measure.record_inputs(model, prompt, 3)
-    assert [len(token) for token in inputs] == [2 * 5 + 1] * 3
-    assert [len(x) for x in inputs[0]] == [128] * 11
-    assert native.products(inputs, 1.0) > 0
-    restore(model)
+def test_neurons_chosen_per_prompt_are_decoded_natively() -> None:
+    # Six layers, because the first of them stay dense.
+    model = shapes.random_model(small(num_hidden_layers=6), "bfloat16")
+    method = make("coreinfer", mode="stability")
+    plans = measure.calibrate_on_random_tokens(model, method, [0.6], tokens=512, progress=lambda done, total: None)
+    settings = measure.Settings(prompt_tokens=8, new_tokens=3, repeats=1, llama_cpp=False)
+    _, dense, sparse = measure.measure(model, plans, settings, say=lambda line: None).rows
+    assert sparse.error is not None
+    assert sparse.weights_read_bytes < dense.weights_read_bytes
+    assert sparse.ffn_sparsity == pytest.approx(0.6 * 5 / 6, abs=0.05)
 
 
 def test_wrong_logits_are_not_timed(model, plans, monkeypatch) -> None:

@@ -350,7 +350,9 @@ def test_stats_count_what_is_read(isa: str) -> None:
     block = Block(3, hidden, neurons, torch.bfloat16, gate_threshold=threshold)
     kernels.reset_stats()
     block.run()
-    assert kernels.stats() == {
+    found = kernels.stats()
+    assert found.pop("product_ns") > 0
+    assert found == {
         "gate_rows": neurons, "up_rows": kept, "down_rows": kept, "bytes": (neurons + 2 * kept) * hidden * 2,
     }  # fmt: skip
     kernels.reset_stats()

@@ -1,14 +1,13 @@
 """The measurement itself.
 
 Every round times every contender once, so that a machine that slows down slows all of them; the read bandwidth is taken
-before, between and after.  A native decode step is timed only after it agrees with the model's own modules.
+before the first and after each.  A native decode step is timed only after it agrees with the model's own modules.
 
 Shape letters: T tokens, W windows, L window length, V vocabulary.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import statistics
 import tempfile
@@ -35,7 +34,6 @@ from actsparse.text import Windows
 
 CALIBRATION_WINDOW = 256
 CHECKED_STEPS = 4
-PRODUCT_REPEATS = 2
 
 
 @dataclass(frozen=True)
@@ -139,10 +137,6 @@ def measure(model: Any, plans: Sequence[Plan], settings: Settings, *, say: Calla
         raise ModelError(f"nothing to measure: {obstacle}")
     for plan in plans:
         plan.check_model(ModelIdentity(**sites.describe(model)))
-        if plan.prompt:
-            raise ModelError(
-                f"method {plan.method} chooses neurons per prompt: it has no native decode step to measure"
-            )
     context = model.config.max_position_embeddings
     if settings.prompt_tokens + settings.new_tokens > context:
         raise ModelError(
@@ -171,15 +165,15 @@ def calibrate_on_random_tokens(
 
 
 class _Native:
-    """The native path of the model as it is now, and the products of a token alone."""
+    """The native path of the model as it is now."""
 
     def __init__(self, model: Any, prompt: torch.Tensor, settings: Settings) -> None:
         self._prompt = prompt
         self._settings = settings
         self.decoder = Decoder(model, settings.prompt_tokens + settings.new_tokens + CHECKED_STEPS)
 
-    def time(self, row: Row) -> float:
-        """One round; returns the seconds of one decode step."""
+    def time(self, row: Row) -> None:
+        """One round."""
         decoder, steps = self.decoder, self._settings.new_tokens
         self._start()
         for _ in range(2):  # caches and branch predictors know nothing of these weights yet
@@ -197,43 +191,11 @@ class _Native:
         row.decode_tok_s.append(1 / seconds)
         row.weights_read_bytes = done["bytes"]
         blocks = [decoder.native.layer[index].ffn for index in range(decoder.native.layers)]
-        if all(block.down.layout == kernels.cpu.COLUMNS for block in blocks):
-            neurons = sum(block.down.in_ for block in blocks)
-            row.ffn_sparsity = 1 - done["down_rows"] / neurons
-        return seconds
-
-    def products(self, inputs: Sequence[Sequence[torch.Tensor]], step_bytes: float) -> float:
-        """Seconds of one token's matrix products alone, on recorded ``inputs`` (see :func:`record_inputs`).
-
-        Recorded tokens keep other channels than the timed ones: the time is scaled to ``step_bytes``.
-        """
-        library, native = kernels.cpu.library(), self.decoder.native
-        size = max(native.layer[0].ffn.up.out, native.lm_head.out, native.hidden)
-        y = torch.empty(size, dtype=inputs[0][0].dtype)
-        calls: list[tuple[Any, tuple[Any, ...]]] = []
-        stats = kernels.cpu.Stats()
-        rest = (y.data_ptr(), 1, native.cache_dtype, ctypes.byref(stats))
-        for token in inputs:
-            rows = iter(token)
-            for index in range(native.layers):
-                layer = native.layer[index]
-                for name in sites.ATTENTION_PROJECTIONS:
-                    matrix, threshold = getattr(layer, name), getattr(layer, f"{name}_threshold")
-                    calls.append((library.as_linear, (ctypes.byref(matrix), threshold, next(rows).data_ptr(), *rest)))
-                calls.append((library.as_ffn_forward, (ctypes.byref(layer.ffn), next(rows).data_ptr(), *rest)))
-            head = ctypes.byref(native.lm_head)
-            calls.append((library.as_linear, (head, None, next(rows).data_ptr(), *rest)))
-        for function, arguments in calls[: len(calls) // len(inputs)]:
-            function(*arguments)
-        stats.bytes = 0
-        times = []
-        for _ in range(PRODUCT_REPEATS):
-            began = time.perf_counter()
-            for function, arguments in calls:
-                function(*arguments)
-            times.append(time.perf_counter() - began)
-        bytes_per_pass = stats.bytes / PRODUCT_REPEATS
-        return statistics.median(times) * step_bytes / bytes_per_pass
+        neurons = sum(block.down.in_ for block in blocks)
+        # A dense block's down is stored by rows, each of which reads every neuron.
+        by_rows = sum(block.down.in_ - block.down.out for block in blocks if block.down.layout == kernels.cpu.ROWS)
+        row.ffn_sparsity = 1 - (done["down_rows"] + by_rows) / neurons
+        row.overhead.append(1 - done["product_ns"] / (seconds * 1e9))
 
     def check(self, model: Any) -> float:
         """Worst relative error of a site (q, k, v, o or FFN of any layer) on the module path's own input, in a decode step.
@@ -244,6 +206,7 @@ class _Native:
         """
         native, library = self.decoder.native, kernels.cpu.library()
         modules = site_modules(model)
+        self._start()  # a plan may let the prompt choose neurons
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         cache = DynamicCache()
         with torch.no_grad():
@@ -313,26 +276,6 @@ def site_modules(model: Any) -> list[torch.nn.Module]:
     return modules
 
 
-def record_inputs(model: Any, prompt: torch.Tensor, steps: int) -> list[list[torch.Tensor]]:
-    """What enters q, k, v, o, the FFN (layer by layer) and the output head in ``steps`` decode steps, in that order."""
-    modules = [*site_modules(model), model.get_output_embeddings()]
-    recorded: list[list[torch.Tensor]] = []
-    cache = DynamicCache()
-    with torch.no_grad():
-        token = model(input_ids=prompt[None], past_key_values=cache, use_cache=True).logits[0, -1].argmax()
-        for _ in range(steps):
-            seen: list[torch.Tensor] = []
-            handles = [
-                module.register_forward_pre_hook(lambda _, args, into=seen: into.append(args[0].reshape(-1).clone()))
-                for module in modules
-            ]
-            token = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True).logits[0, -1].argmax()
-            for handle in handles:
-                handle.remove()
-            recorded.append(seen)
-    return recorded
-
-
 def _refuse(row: Row, error: float, allowed: float, what: str) -> None:
     if not error <= allowed:
         raise ModelError(
@@ -349,12 +292,11 @@ class _Run:
         generator = torch.Generator().manual_seed(2)
         self._prompt = torch.randint(model.config.vocab_size, (settings.prompt_tokens,), generator=generator)
         self._layers = len(sites.layers_of(model))
-        self._read_gb_s: list[float] = []
+        self._reading = kernels.cpu.ReadTest()
+        self._read_gb_s = [self._reading.gb_s()]
         self._skipped: dict[str, str] = {}
-        self._inputs: dict[int, list[list[torch.Tensor]]] = {}
 
     def measure(self) -> Report:
-        self._take_bandwidth()
         files = self._peer_files() if self._settings.llama_cpp else {}
         weights = str(self._model.dtype).removeprefix("torch.")
         eager = Row("hf-eager", weights, weights_read_bytes=weights_read(self._model).bytes)
@@ -363,22 +305,23 @@ class _Run:
         peers = {name: Row(f"llama.cpp-{name.lower()}", name) for name in files}
         for round_number in range(self._settings.repeats):
             self._say(f"round {round_number + 1} of {self._settings.repeats}")
-            self._time_eager(eager)
-            self._time_native(dense, -1)
-            for index, (plan, row) in enumerate(zip(self._plans, sparse, strict=True)):
+            self._time(self._time_eager, eager)
+            self._time(self._time_native, dense)
+            for plan, row in zip(self._plans, sparse, strict=True):
                 sparsify(self._model, plan)
                 try:
-                    self._time_native(row, index)
+                    self._time(self._time_native, row)
                 finally:
                     restore(self._model)
             for name, file in list(files.items()):
-                self._time_peer(peers[name], name, file, files)
-            self._take_bandwidth()
+                self._time(self._time_peer, peers[name], name, file, files)
         timed = [row for row in peers.values() if row.decode_tok_s]
         return Report([eager, dense, *sparse, *timed], self._read_gb_s, self._skipped)
 
-    def _take_bandwidth(self) -> None:
-        self._read_gb_s.append(kernels.read_bandwidth(512 << 20, 3)[0])
+    def _time(self, contender: Callable[..., None], *arguments: Any) -> None:
+        # Beside every contender, because a shared machine's bandwidth changes within seconds.
+        contender(*arguments)
+        self._read_gb_s.append(self._reading.gb_s())
 
     def _time_eager(self, row: Row) -> None:
         """transformers as it comes: eager mode, a dynamic cache, greedy, without generate's own bookkeeping."""
@@ -398,7 +341,7 @@ class _Run:
                 token = greedy(token)
             row.decode_tok_s.append(self._settings.new_tokens / (time.perf_counter() - began))
 
-    def _time_native(self, row: Row, key: int) -> None:
+    def _time_native(self, row: Row) -> None:
         native = _Native(self._model, self._prompt, self._settings)
         if row.error is None:
             sparse = row.sparsity is not None
@@ -411,9 +354,7 @@ class _Run:
                     tolerance(self._model.dtype, self._layers, sparse=False),
                     "logits",
                 )
-            self._inputs[key] = record_inputs(self._model, self._prompt, CHECKED_STEPS)
-        step_s = native.time(row)
-        row.overhead.append(1 - native.products(self._inputs[key], row.weights_read_bytes) / step_s)
+        native.time(row)
 
     def _peer_files(self) -> dict[str, Path]:
         config = self._model.config

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define AS_ABI_VERSION 4
+#define AS_ABI_VERSION 5
 #define AS_MAX_BATCH 8
 #define AS_API __attribute__((visibility("default")))
 
@@ -32,6 +32,7 @@ typedef struct {
 // per call even when several batch rows use it; bytes are weight bytes read.
 typedef struct {
   int64_t gate_rows, up_rows, down_rows, bytes;
+  int64_t product_ns;  // in the products and fused blocks, with waking and joining threads; the rest of a call is overhead
 } as_stats;
 
 // One feed-forward block:

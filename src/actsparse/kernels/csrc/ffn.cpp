@@ -177,20 +177,22 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
     used_count[segment] = n - s.begin;
     if (down_columns) sums.add(isa, segment, 0, n - s.begin, used + s.begin, v + s.begin, v_stride);
   };
-  parallel(tasks, [&](int64_t task) {
-    if (gate_threshold) found.find(task);
-    const int64_t length = gate_threshold ? found.count() : c.count;
-    segments.each(task, [&](int64_t segment) { compute(segment, segments.slice(length, segment)); });
-  });
+  {
+    const Stopwatch watch(stats);
+    parallel(tasks, [&](int64_t task) {
+      if (gate_threshold) found.find(task);
+      const int64_t length = gate_threshold ? found.count() : c.count;
+      segments.each(task, [&](int64_t segment) { compute(segment, segments.slice(length, segment)); });
+    });
+    if (down_columns) sums.finish();
+  }
 
   const int64_t kept = gate_threshold ? found.count() : c.count;
   int64_t used_total = 0;
   for (int64_t k = 0; k < segments.number(); ++k) used_total += used_count[k];
   const int64_t first_rows = products[0].count;
   const int64_t up_count = !gated ? first_rows : dot_up ? kept : products[1].count;
-  if (down_columns) {
-    sums.finish();
-  } else {
+  if (!down_columns) {
     // Down stored by rows cannot skip neurons: spread the values over a dense vector.
     const int64_t wide_stride = padded(f.up.out);
     float* const wide = arena().take<float>(batch * wide_stride);

@@ -206,6 +206,19 @@ inline Product prepare(const as_matrix& w, const float* threshold, const float* 
 }
 // Computes all products in one parallel region (and a second for a large reduction); adds the bytes read to stats.
 void run(Product* products, int64_t count, int64_t batch, as_stats* stats);
+// Adds the time from its making to its end to the products' share of stats, unless that is NULL.
+class Stopwatch {
+ public:
+  explicit Stopwatch(as_stats* stats);
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+  ~Stopwatch();
+
+ private:
+  as_stats* stats_;
+  int64_t begin_ = 0;
+};
+
 void count_rows(as_stats* stats, int64_t gate, int64_t up, int64_t down, int64_t bytes);
 
 bool valid_ffn(const as_ffn& f);

@@ -1,4 +1,5 @@
 // The two multiplications: kept columns accumulated, kept rows dotted.
+#include <chrono>
 #include <new>
 
 #include "internal.h"
@@ -9,6 +10,23 @@ bool valid_matrix(const as_matrix& w) {
   if (!w.data || w.out <= 0 || w.in <= 0 || w.out > INT32_MAX || w.in > INT32_MAX) return false;
   if (w.dtype < AS_F32 || w.dtype > AS_F16 || (w.layout != AS_ROWS && w.layout != AS_COLUMNS)) return false;
   return stored_count(w) == 1 || w.stride >= stored_length(w);
+}
+
+namespace {
+
+int64_t now() {
+  using namespace std::chrono;
+  return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+Stopwatch::Stopwatch(as_stats* stats) : stats_(stats) {
+  if (stats_) begin_ = now();
+}
+
+Stopwatch::~Stopwatch() {
+  if (stats_) __atomic_fetch_add(&stats_->product_ns, now() - begin_, __ATOMIC_RELAXED);
 }
 
 void count_rows(as_stats* stats, int64_t gate, int64_t up, int64_t down, int64_t bytes) {
@@ -128,6 +146,7 @@ void columns_of(const Product& p, Slice s, int64_t segment, int64_t batch) {
 }  // namespace
 
 void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
+  const Stopwatch watch(stats);
   int64_t most = 0;
   for (int64_t k = 0; k < count; ++k) most += products[k].bytes();
   const int64_t tasks = tasks_for(most);
