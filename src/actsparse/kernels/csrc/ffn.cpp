@@ -120,7 +120,8 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   const int64_t dots_stride = padded(c.count);
   float* const dots = dot_up ? arena().take<float>(batch * dots_stride) : nullptr;
   // Only for its masked input: the rows wanted are split over the tasks below, together with down's columns.
-  const Product up = dot_up ? prepare(f.up, f.up_in_threshold, x, x_stride, batch, dots, dots_stride) : Product();
+  Product up = dot_up ? prepare(f.up, f.up_in_threshold, x, x_stride, batch, dots, dots_stride) : Product();
+  if (dot_up) up.make_room(tasks, batch);
   int64_t* const used_count = arena().take<int64_t>(segments.number());
 
   Activations decisive;
@@ -133,13 +134,13 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   const int32_t* const position = where;
   const int32_t* const neuron = named ? named : where ? where : c.list;
 
-  const auto compute = [&](int64_t segment, Slice s) {
+  const auto compute = [&](int64_t segment, Slice s, const float* up_x) {
     if (gate_threshold) found.copy(s, where, nullptr);
     if (named)
       for (int64_t j = s.begin; j < s.end; ++j) named[j] = c.list[where[j]];
     if (dot_up)
-      up.isa->dot_rows(f.up.dtype, f.up.data, f.up.stride, neuron ? neuron + s.begin : nullptr, s.begin, s.size(), up.x.x,
-                       up.x.stride, batch, f.up.in, dots + s.begin, dots_stride);
+      up.isa->dot_rows(f.up.dtype, f.up.data, f.up.stride, neuron ? neuron + s.begin : nullptr, s.begin, s.size(), up_x,
+                       padded(f.up.in), batch, f.up.in, dots + s.begin, dots_stride);
     const float* u = dots;
     int64_t from_stride = dots_stride;
     if (u_known) {
@@ -182,7 +183,8 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
     parallel(tasks, [&](int64_t task) {
       if (gate_threshold) found.find(task);
       const int64_t length = gate_threshold ? found.count() : c.count;
-      segments.each(task, [&](int64_t segment) { compute(segment, segments.slice(length, segment)); });
+      const float* const up_x = dot_up ? up.arrange(task, batch) : nullptr;
+      segments.each(task, [&](int64_t segment) { compute(segment, segments.slice(length, segment), up_x); });
     });
     if (down_columns) sums.finish();
   }

@@ -177,7 +177,9 @@ constexpr int32_t no_activation = -1;
 struct Product {
   const as_matrix* w = nullptr;
   const IsaOps* isa = nullptr;  // that x was arranged for: the one in use may be changed by another thread meanwhile
-  Activations x;  // AS_ROWS: arranged; AS_COLUMNS: coefficients
+  Activations x;
+  const float* mask = nullptr;  // AS_ROWS: threshold under which activations count as 0
+  float* arranged = nullptr;  // AS_ROWS: room for every task's own copy of x, as dot_rows wants it
   const float* threshold = nullptr;  // AS_COLUMNS: decides in the region which columns are read
   Kept found;
   float* coefficients = nullptr;  // AS_COLUMNS with a threshold: [batch, coefficient_stride] of the kept columns, in order
@@ -191,6 +193,10 @@ struct Product {
   Segments segments;
   Sums sums;  // AS_COLUMNS
   int64_t length() const { return threshold ? found.count() : count; }  // inside the region and after it
+  // AS_ROWS: makes room for the copies, before the region, and in it fills the task's: [batch, padded(w->in)]. A copy each,
+  // because fetching what another core has just written takes longer.
+  void make_room(int64_t tasks, int64_t batch);
+  const float* arrange(int64_t task, int64_t batch) const;
   int64_t bytes() const { return count * stored_bytes(*w); }
 };
 

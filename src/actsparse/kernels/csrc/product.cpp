@@ -54,24 +54,33 @@ Product prepare(const as_matrix& w, const float* threshold, const Activations& x
     p.columns = arena().take<int32_t>(w.in);
     return p;
   }
+  if (w.layout == AS_ROWS) {
+    p.mask = threshold;
+    p.rows = rows;
+    return p;
+  }
   p.x.widen(*p.isa, batch, w.in, 0, w.in);
   p.x.raw = nullptr;
-  if (w.layout == AS_COLUMNS) return p;
-
-  p.rows = rows;
-  if (!x.raw) {
-    p.x.stride = padded(w.in);
-    p.x.x = arena().take<float>(batch * p.x.stride);
-    for (int64_t b = 0; b < batch; ++b)
-      __builtin_memcpy(p.x.x + b * p.x.stride, x.x + b * x.stride, size_t(w.in) * sizeof(float));
-  }
-  for (int64_t b = 0; b < batch; ++b) {
-    float* const row = p.x.x + b * p.x.stride;
-    if (threshold)
-      for (int64_t i = 0; i < w.in; ++i) row[i] = __builtin_fabsf(row[i]) < threshold[i] ? 0.0f : row[i];
-    p.isa->arrange(w.dtype, row, w.in);
-  }
   return p;
+}
+
+void Product::make_room(int64_t tasks, int64_t batch) { arranged = arena().take<float>(tasks * batch * padded(w->in)); }
+
+const float* Product::arrange(int64_t task, int64_t batch) const {
+  const int64_t n = w->in;
+  float* const copy = arranged + task * batch * padded(n);
+  Activations own = x;
+  own.x = copy;
+  own.stride = padded(n);
+  own.widen(*isa, batch, n, 0, n);
+  for (int64_t b = 0; b < batch; ++b) {
+    float* const row = copy + b * own.stride;
+    if (!x.raw) __builtin_memcpy(row, x.x + b * x.stride, size_t(n) * sizeof(float));
+    if (mask)
+      for (int64_t i = 0; i < n; ++i) row[i] = __builtin_fabsf(row[i]) < mask[i] ? 0.0f : row[i];
+    isa->arrange(w->dtype, row, n);
+  }
+  return copy;
 }
 
 Sums::Sums(const Segments& segments, const as_matrix& w, int64_t batch, float* out, int64_t out_stride)
@@ -111,10 +120,10 @@ void Sums::finish() const {
 
 namespace {
 
-void rows_of(const Product& p, Slice s, int64_t batch) {
+void rows_of(const Product& p, const float* x, Slice s, int64_t batch) {
   const as_matrix& w = *p.w;
   const int32_t* const idx = p.rows ? p.rows + s.begin : nullptr;
-  p.isa->dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), p.x.x, p.x.stride, batch, w.in, p.out + s.begin,
+  p.isa->dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), x, padded(w.in), batch, w.in, p.out + s.begin,
                   p.out_stride);
   for (int64_t b = 0; b < batch; ++b) {
     float* const out = p.out + b * p.out_stride;
@@ -153,6 +162,7 @@ void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
   for (Product* p = products; p < products + count; ++p) {
     // Sums of further segments would have to be fetched from other cores, which takes what the finer cut gains.
     p->segments = Segments(tasks, p->w->layout == AS_ROWS);
+    if (p->w->layout == AS_ROWS) p->make_room(tasks, batch);
     if (p->w->layout == AS_COLUMNS) p->sums = Sums(p->segments, *p->w, batch, p->out, p->out_stride);
     if (p->threshold) p->found = Kept(*p->isa, p->x, p->threshold, batch, p->w->in, tasks);
   }
@@ -160,11 +170,12 @@ void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
   parallel(tasks, [&](int64_t task) {
     for (const Product* p = products; p < products + count; ++p) {
       if (p->threshold) p->found.find(task);
+      const float* const x = p->arranged ? p->arrange(task, batch) : nullptr;
       const int64_t length = p->length();
       p->segments.each(task, [&](int64_t segment) {
         const Slice s = p->segments.slice(length, segment);
         if (p->w->layout == AS_ROWS)
-          rows_of(*p, s, batch);
+          rows_of(*p, x, s, batch);
         else
           columns_of(*p, s, segment, batch);
       });
