@@ -96,7 +96,7 @@ def test_rows_count_what_was_read(model, plans) -> None:
         assert row["decode_spread"][0] <= row["decode_tok_s"] <= row["decode_spread"][1]
         assert row["achieved_gb_s"] == pytest.approx(row["decode_tok_s"] * row["weights_read_bytes"] / 1e9)
         assert row["ceiling_tok_s"] == pytest.approx(document["read_gb_s"] * 1e9 / row["weights_read_bytes"])
-        native = row["name"] != "hf-eager"
+        native = row["path"] == "native"
         assert (0 < row["overhead_share"] < 1) if native else row["overhead_share"] is None
     assert len(report.read_gb_s) == 1 + 2 * 4
 
@@ -111,6 +111,25 @@ def test_neurons_chosen_per_prompt_are_decoded_natively() -> None:
     assert sparse.error is not None
     assert sparse.weights_read_bytes < dense.weights_read_bytes
     assert sparse.ffn_sparsity == pytest.approx(0.6 * 5 / 6, abs=0.05)
+
+
+@pytest.mark.parametrize("family", ["gemma", "opt"])
+def test_families_without_a_native_step_are_timed_through_their_modules(family: str, tiny) -> None:
+    changes = {"intermediate_size": 256} if family == "gemma" else {"ffn_dim": 256, "word_embed_proj_dim": 48}
+    model = tiny(family, torch.bfloat16, **changes)
+    quiet = {"progress": lambda done, total: None}
+    plans = measure.calibrate_on_random_tokens(model, make("chess"), [0.5], tokens=512, **quiet)
+    said: list[str] = []
+    report = measure.measure(model, plans, measure.Settings(8, 3, 2), say=said.append)
+    eager, sparse = report.rows
+    assert said[0] == f"family {family} has no native decode step: decoding goes through transformers' modules"
+    assert (eager.path, sparse.path) == ("transformers", "transformers")
+    assert set(report.skipped) == {"dense", "llama.cpp"}
+    assert eager.weights_read_bytes == weights_read(model).bytes > sparse.weights_read_bytes
+    assert sparse.ffn_sparsity == pytest.approx(0.5, abs=0.15)
+    assert len(sparse.decode_tok_s) == 2
+    assert report.document()["results"][1]["overhead_share"] is None
+    assert state_of(model) is None
 
 
 def test_wrong_logits_are_not_timed(model, plans, monkeypatch) -> None:

@@ -243,10 +243,8 @@ def measure_speed(model: Any, directory: Path, results: Results, settings: Any, 
     for cell in results.cells:
         if cell["cell"] != "dense" and not cell["evaluation_only"]:
             plan = Plan.load(directory / "plans" / f"{cell['cell']}.safetensors")
-            # A plan whose neurons depend on the prompt has no native decode step.
-            if not plan.prompt:
-                names.append(cell["cell"])
-                plans.append(plan)
+            names.append(cell["cell"])
+            plans.append(plan)
     report = measure(model, plans, settings, say=say).document()
     rows = report["results"]
     fast = [row for row in rows if row["sparsity"] is not None]

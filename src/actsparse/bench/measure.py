@@ -25,11 +25,12 @@ from actsparse.bench import peer
 from actsparse.calibration import Calibration, Progress, check_sparsity
 from actsparse.decode import Decoder
 from actsparse.evaluate import weights_read
+from actsparse.layers import Meter
 from actsparse.methods import Method
 from actsparse.methods.base import Targets
 from actsparse.plan import ModelIdentity, Plan
 from actsparse.sites import ModelError
-from actsparse.swap import restore, sparsify
+from actsparse.swap import attach_meter, restore, sparsify
 from actsparse.text import Windows
 
 CALIBRATION_WINDOW = 256
@@ -52,6 +53,7 @@ class Row:
 
     Attributes:
         name: ``hf-eager``, ``dense``, the method's name, or ``llama.cpp-`` and a format.
+        path: ``transformers``, ``native`` (the decode step) or ``llama.cpp``.
         weights: type of the weights.
         sparsity: target of the plan, None for a dense contender.
         decode_tok_s: one value per round.
@@ -63,6 +65,7 @@ class Row:
     """
 
     name: str
+    path: str
     weights: str
     sparsity: float | None = None
     decode_tok_s: list[float] = field(default_factory=list)
@@ -79,6 +82,7 @@ class Row:
         ceiling = read_gb_s * 1e9 / self.weights_read_bytes
         return {
             "name": self.name,
+            "path": self.path,
             "weights": self.weights,
             "sparsity": self.sparsity,
             "decode_tok_s": decode,
@@ -117,24 +121,22 @@ class Report:
 def measure(model: Any, plans: Sequence[Plan], settings: Settings, *, say: Callable[[str], None]) -> Report:
     """Time the dense model through transformers and natively, each plan natively, and llama.cpp on the same shape.
 
+    A model without a native decode step is timed through transformers' modules only; every row says which path it took.
     The model is left dense.
 
     Args:
-        model: a Hugging Face model on the CPU, with a native decode step.
+        model: a Hugging Face model on the CPU.
         plans: plans for it.
         settings: how much.
         say: told what is going on, one line each.
 
     Raises:
         PlanError: a plan for another model, or one for evaluation only.
-        ModelError: no native decode step, too many tokens for the context, or a native step that does not agree.
+        ModelError: too many tokens for the context, or a native step that does not agree.
     """
     restore(model)
     for plan in plans:
         plan.check_decodable()
-    obstacle = Decoder.supports(model)
-    if obstacle is not None:
-        raise ModelError(f"nothing to measure: {obstacle}")
     for plan in plans:
         plan.check_model(ModelIdentity(**sites.describe(model)))
     context = model.config.max_position_embeddings
@@ -297,26 +299,32 @@ class _Run:
         self._skipped: dict[str, str] = {}
 
     def measure(self) -> Report:
-        files = self._peer_files() if self._settings.llama_cpp else {}
+        obstacle = Decoder.supports(self._model)
+        path, time_plan = ("native", self._time_native) if obstacle is None else ("transformers", self._time_modules)
+        if obstacle is not None:
+            self._say(f"{obstacle}: decoding goes through transformers' modules")
+            self._skipped["dense"] = obstacle
+        files = self._peer_files(obstacle) if self._settings.llama_cpp else {}
         weights = str(self._model.dtype).removeprefix("torch.")
-        eager = Row("hf-eager", weights, weights_read_bytes=weights_read(self._model).bytes)
-        dense = Row("dense", weights)
-        sparse = [Row(plan.method, weights, plan.sparsity) for plan in self._plans]
-        peers = {name: Row(f"llama.cpp-{name.lower()}", name) for name in files}
+        eager = Row("hf-eager", "transformers", weights, weights_read_bytes=weights_read(self._model).bytes)
+        dense = [Row("dense", path, weights)] if obstacle is None else []
+        sparse = [Row(plan.method, path, weights, plan.sparsity) for plan in self._plans]
+        peers = {name: Row(f"llama.cpp-{name.lower()}", "llama.cpp", name) for name in files}
         for round_number in range(self._settings.repeats):
             self._say(f"round {round_number + 1} of {self._settings.repeats}")
             self._time(self._time_eager, eager)
-            self._time(self._time_native, dense)
+            for row in dense:
+                self._time(self._time_native, row)
             for plan, row in zip(self._plans, sparse, strict=True):
                 sparsify(self._model, plan)
                 try:
-                    self._time(self._time_native, row)
+                    self._time(time_plan, row)
                 finally:
                     restore(self._model)
             for name, file in list(files.items()):
                 self._time(self._time_peer, peers[name], name, file, files)
         timed = [row for row in peers.values() if row.decode_tok_s]
-        return Report([eager, dense, *sparse, *timed], self._read_gb_s, self._skipped)
+        return Report([eager, *dense, *sparse, *timed], self._read_gb_s, self._skipped)
 
     def _time(self, contender: Callable[..., None], *arguments: Any) -> None:
         # Beside every contender, because a shared machine's bandwidth changes within seconds.
@@ -341,6 +349,22 @@ class _Run:
                 token = greedy(token)
             row.decode_tok_s.append(self._settings.new_tokens / (time.perf_counter() - began))
 
+    def _time_modules(self, row: Row) -> None:
+        """The sparse modules inside the Hugging Face model; what they read is counted once, in steps that are not timed."""
+        if not row.decode_tok_s:
+            meter = Meter()
+            cache = DynamicCache(config=self._model.config)
+            with torch.no_grad():
+                self._model(input_ids=self._prompt[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                attach_meter(self._model, meter)
+                for token in range(CHECKED_STEPS):
+                    self._model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                attach_meter(self._model, None)
+            row.weights_read_bytes = weights_read(self._model, meter).bytes
+            skipped = [value for site, value in meter.sparsity().items() if site.endswith(".down")]
+            row.ffn_sparsity = sum(skipped) / self._layers
+        self._time_eager(row)
+
     def _time_native(self, row: Row) -> None:
         native = _Native(self._model, self._prompt, self._settings)
         if row.error is None:
@@ -356,9 +380,10 @@ class _Run:
                 )
         native.time(row)
 
-    def _peer_files(self) -> dict[str, Path]:
+    def _peer_files(self, obstacle: str | None) -> dict[str, Path]:
         config = self._model.config
-        reason = peer.obstacle(config, self._directory)
+        # The files written for it have Llama's layers, as the native step has.
+        reason = obstacle or peer.obstacle(config, self._directory)
         if reason is not None:
             self._skipped["llama.cpp"] = reason
             return {}
