@@ -418,15 +418,25 @@ def test_results_do_not_depend_on_who_runs_the_tasks(pool: ctypes._CFunctionType
     # One after the other on this thread, where waiting for a later task would never end; and on more threads than cores.
     before = torch.get_num_threads()
     torch.set_num_threads(4)
-    expected = results_of_four_tasks()
-    assert all(torch.equal(a, b) for _ in range(2) for a, b in zip(results_of_four_tasks(), expected, strict=True))
-    torch.set_num_threads(before)
+    try:
+        expected = results_of_four_tasks()
+        assert all(torch.equal(a, b) for _ in range(2) for a, b in zip(results_of_four_tasks(), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
     assert cpu._pool is not None
     cpu.library().as_set_threads(ctypes.cast(pool, ctypes.c_void_p), ctypes.cast(four_threads, ctypes.c_void_p))
     try:
         found = results_of_four_tasks()
     finally:
         cpu.library().as_set_threads(*cpu._pool)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_outputs_lie_on_the_cpu_whatever_the_default_device() -> None:
+    x, weight = torch.randn(1, 8), torch.randn(8, 8)
+    expected = kernels.linear(x, weight), kernels.gated_ffn(x, weight, weight, weight, activation="silu")
+    with torch.device("meta"):
+        found = kernels.linear(x, weight), kernels.gated_ffn(x, weight, weight, weight, activation="silu")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -151,7 +151,7 @@ class Decoder:
         self._check(self.position + 1)
         if not 0 <= token < self.native.embedding.out:
             raise ModelError(f"token is {token}, expected 0 to {self.native.embedding.out - 1}")
-        logits = torch.empty(self._vocabulary, dtype=torch.float32)
+        logits = torch.empty(self._vocabulary, dtype=torch.float32, device="cpu")
         kernels.decode_step(self.native, token, self.position, logits)
         self.position += 1
         return logits

@@ -254,7 +254,7 @@ def select_isa(name: str) -> None:
 def stats() -> dict[str, int]:
     """Work done by native calls since :func:`reset_stats`.
 
-    Stored rows or columns read per matrix, bytes of weights, and nanoseconds inside the products and fused blocks (with
+    Stored rows or columns read per matrix, bytes of weights, and nanoseconds inside the parallel regions that multiply (with
     waking and joining threads): what a call takes beyond them is overhead.
     """
     return {field[0]: int(getattr(_stats, field[0])) for field in Stats._fields_}
@@ -497,7 +497,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | N
     x = x.contiguous()
     matrix = matrix_of(weight, bias)
     threshold = _vector(threshold, inn, "threshold")
-    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype, device="cpu")
     code = library().as_linear(
         ctypes.byref(matrix),
         _pointer(threshold),
@@ -537,7 +537,7 @@ def gated_ffn(x: Tensor, ffn: FFN) -> Tensor:
     if x.shape[-1] != ffn.up.in_:
         raise ValueError(f"x has {x.shape[-1]} features, the block takes {ffn.up.in_}")
     x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], ffn.down.out), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], ffn.down.out), dtype=x.dtype, device="cpu")
     code = library().as_ffn_forward(
         ctypes.byref(ffn), x.data_ptr(), y.data_ptr(), x.numel() // ffn.up.in_, DTYPES[x.dtype], _stats_ref
     )
@@ -584,7 +584,7 @@ def core_statistics(x: Tensor, count: int, share: float, *, positive: bool) -> t
         raise ValueError(f"x must be a float32, bfloat16 or float16 CPU matrix, got {x.dtype} {tuple(x.shape)}")
     x = x.contiguous() if x.stride(1) != 1 else x
     tokens, channels = x.shape
-    levels, counts, sums = torch.empty(tokens), torch.empty(channels), torch.empty(channels)
+    levels, counts, sums = (torch.empty(size, device="cpu") for size in (tokens, channels, channels))
     code = library().as_core_statistics(
         x.data_ptr() or levels.data_ptr(), DTYPES[x.dtype], tokens, channels, x.stride(0), count, share, positive,
         levels.data_ptr() or counts.data_ptr(), counts.data_ptr(), sums.data_ptr(),
@@ -618,7 +618,7 @@ class ReadTest:
 
     def __init__(self, bytes: int = 512 << 20) -> None:
         # Real data: untouched pages would all map to one zero page and read from cache.
-        self._data = torch.arange(bytes // 8, dtype=torch.int64)
+        self._data = torch.arange(bytes // 8, dtype=torch.int64, device="cpu")
         # The weights that this is the ceiling for lie on such pages too; it makes 4 to 6 % of the rate.
         library().as_huge_pages(self._data.data_ptr(), self._data.nbytes)
         self.gb_s()

@@ -32,7 +32,7 @@ typedef struct {
 // per call even when several batch rows use it; bytes are weight bytes read.
 typedef struct {
   int64_t gate_rows, up_rows, down_rows, bytes;
-  int64_t product_ns;  // in the products and fused blocks, with waking and joining threads; the rest of a call is overhead
+  int64_t product_ns;  // in the parallel regions that multiply, with waking and joining threads; the rest is overhead
 } as_stats;
 
 // One feed-forward block:

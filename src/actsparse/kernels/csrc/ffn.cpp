@@ -108,11 +108,13 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
     for (int64_t j = 0; j < c.count; ++j) picked[j] = gate_threshold[c.list[j]];
     gate_threshold = picked;
   }
-  // One region decides, and for the neurons kept computes up and down: every task takes the same number of them, in order.
+  // One region decides which neurons are kept, and computes up and down for them.
   const bool down_columns = f.down.layout == AS_COLUMNS, dot_up = gated && up_rows;
   const int64_t up_bytes = dot_up ? stored_bytes(f.up) : 0, down_bytes = down_columns ? stored_bytes(f.down) : 0;
   const int64_t tasks = tasks_for(c.count * (up_bytes + down_bytes));
-  const Segments segments(tasks, true);
+  // Every further segment has sums of its own: few beside the weights, or there are none.
+  const int64_t fine_sums = 4 * tasks * batch * f.down.out * int64_t(sizeof(float));
+  const Segments segments(tasks, 16 * fine_sums < c.count * (up_bytes + down_bytes));
   const int64_t v_stride = padded(down_columns ? c.count : f.up.out);
   float* const v = arena().take<float>(batch * v_stride);
   const Sums sums = down_columns ? Sums(segments, f.down, batch, y, y_stride) : Sums();
@@ -127,7 +129,7 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   Activations decisive;
   decisive.x = g;
   decisive.stride = g_stride;
-  const Kept found = gate_threshold ? Kept(isa, decisive, gate_threshold, batch, c.count, tasks) : Kept();
+  const Kept found = gate_threshold ? Kept(isa, decisive, gate_threshold, batch, c.count, tasks, false) : Kept();
   int32_t* const where = gate_threshold ? arena().take<int32_t>(c.count) : nullptr;
   int32_t* const named = gate_threshold && c.list ? arena().take<int32_t>(c.count) : nullptr;
   // Kept neurons, by position among the candidates and by name.

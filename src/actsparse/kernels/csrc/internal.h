@@ -134,11 +134,12 @@ class Segments {
 class Kept {
  public:
   Kept() = default;
-  Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t tasks);
+  Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t tasks,
+       bool values);
   void find(int64_t task) const;  // by every task before anything below
   int64_t count() const;
-  // Writes the kept positions of the slice, ascending, and at batch 1 (unless `values` is NULL) the activations there, at the
-  // places of the slice in lists that all tasks fill together.
+  // Writes the kept positions of the slice, ascending, and the activations there (if asked for when made, and at batch 1), at
+  // the places of the slice in lists that all tasks fill together.
   void copy(Slice slice, int32_t* positions, float* values) const;
 
  private:
@@ -210,7 +211,7 @@ inline Product prepare(const as_matrix& w, const float* threshold, const float* 
   wide.stride = x_stride;
   return prepare(w, threshold, wide, batch, out, out_stride, rows, row_count);
 }
-// Computes all products in one parallel region (and a second for a large reduction); adds the bytes read to stats.
+// Computes all products in one parallel region (and one more for each large sum); adds the bytes read to stats.
 void run(Product* products, int64_t count, int64_t batch, as_stats* stats);
 // Adds the time from its making to its end to the products' share of stats, unless that is NULL.
 class Stopwatch {

@@ -185,10 +185,6 @@ inline void add_group(const Rows<T, R>& rows, const Rows<T, R>& next, const floa
   for_lines(rows, next, length, [&](int64_t i) __attribute__((always_inline)) {
     for (int u = 0; u < U; u += P) {
       const int64_t k = i + u * W;
-      // Asked for ahead, because stores wait for their lines one by one.
-      if (Fresh)
-        for (int p = 0; p < P; ++p)
-          for (int b = 0; b < B; ++b) __builtin_prefetch(acc + b * acc_stride + k + (p + 16) * W, 1, 3);
       Vec::V a[P][B];
       for (int p = 0; p < P; ++p)
         for (int b = 0; b < B; ++b) a[p][b] = Fresh ? Vec::zero() : Vec::load(acc + b * acc_stride + k + p * W);

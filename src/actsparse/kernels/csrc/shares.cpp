@@ -17,6 +17,7 @@ constexpr int64_t slack = 16;  // what `keep` may write past its results
 
 // Percent of its even share that each task gets at once, and then of those for all. Cores of the machine that this was
 // tried on differ by up to a third within 100 us; the last round bounds how long one waits for the other.
+constexpr int64_t worth_cutting = 64;  // rows per task; of fewer, whole groups of eight would leave tasks without any
 constexpr int64_t rounds = 4, percent[rounds] = {70, 16, 9, 5};
 
 }  // namespace
@@ -38,7 +39,7 @@ void Claims::finish(int64_t piece) const { __atomic_store_n(&state_[piece].value
 void Claims::wait() const {
   for (int64_t i = 0; i < count_; ++i)
     for (int64_t spins = 0; __atomic_load_n(&state_[i].value, __ATOMIC_ACQUIRE) != finished; ++spins)
-      if (spins < 10000)
+      if (spins < 500)
         pause();
       else
         sched_yield();
@@ -49,6 +50,7 @@ Segments::Segments(int64_t tasks, bool finely)
 
 Slice Segments::slice(int64_t length, int64_t segment) const {
   if (number_ == tasks_) return slice_of(length, segment, tasks_);
+  if (length < worth_cutting * tasks_) return segment < tasks_ ? slice_of(length, segment, tasks_) : Slice{length, length};
   const auto cut = [&](int64_t at) {
     if (at == number_) return length;
     int64_t before = 0;
@@ -66,11 +68,12 @@ void Activations::widen(const IsaOps& isa, int64_t batch, int64_t n, int64_t beg
               end - begin);
 }
 
-Kept::Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t tasks)
+Kept::Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t tasks,
+           bool values)
     : isa_(&isa), x_(x), threshold_(threshold), batch_(batch), n_(n), tasks_(tasks), claims_(tasks) {
   counts_ = arena().take<int64_t>(tasks * 8);  // a line each
   positions_ = arena().take<int32_t>(n + tasks * slack);
-  values_ = batch == 1 ? arena().take<float>(n + tasks * slack) : nullptr;
+  values_ = values && batch == 1 ? arena().take<float>(n + tasks * slack) : nullptr;
 }
 
 Slice Kept::part(int64_t number) const {
@@ -108,7 +111,7 @@ void Kept::copy(Slice slice, int32_t* positions, float* values) const {
     const int64_t after = before + counts_[8 * number], base = part(number).begin, room = base + number * slack;
     const int64_t begin = slice.begin > before ? slice.begin : before, end = slice.end < after ? slice.end : after;
     for (int64_t j = begin; j < end; ++j) positions[j] = positions_[room + j - before] + int32_t(base);
-    if (values && values_ && begin < end)
+    if (values_ && begin < end)
       __builtin_memcpy(values + begin, values_ + room + begin - before, size_t(end - begin) * sizeof(float));
   }
 }
