@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -77,7 +78,9 @@ def fraction(value: str) -> float:
 
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:,.0f} tokens/s")
+        # A short text is done with the first call, which leaves the bar no two times to tell a speed from.
+        since_entry = task.completed / (time.perf_counter() - task.fields["entered"])
+        return Text(f"{task.finished_speed or task.speed or since_entry:,.0f} tokens/s")
 
 
 @contextmanager
@@ -89,9 +92,11 @@ def progress_bar(what: str) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,} tokens"))
     bar = Progress(*columns, _Speed(), TimeRemainingColumn(), console=Console(file=sys.stderr))
 
+    entered = time.perf_counter()
+
     def update(done: int, total: int) -> None:
         if not bar.tasks:
-            bar.add_task(what, total=total)
+            bar.add_task(what, total=total, entered=entered)
             bar.start()
         bar.update(bar.task_ids[0], completed=done, total=total)
 
