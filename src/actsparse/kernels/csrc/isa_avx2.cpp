@@ -13,6 +13,7 @@ namespace {
 struct Vec {
   static constexpr const char* name = "avx2";
   static constexpr int lanes = 8;
+  static constexpr bool compresses = true;
   using V = __m256;
 
   static V zero() { return _mm256_setzero_ps(); }

@@ -13,6 +13,7 @@ namespace {
 struct Vec {
   static constexpr const char* name = "avx512";
   static constexpr int lanes = 16;
+  static constexpr bool compresses = true;
   using V = __m512;
 
   static __mmask16 first(int n) { return __mmask16((1u << n) - 1u); }

@@ -13,6 +13,7 @@ namespace {
 struct Vec {
   static constexpr const char* name = "neon";
   static constexpr int lanes = 4;
+  static constexpr bool compresses = false;
   using V = float32x4_t;
 
   static V zero() { return vdupq_n_f32(0.0f); }
@@ -58,21 +59,6 @@ struct Vec {
     uint16_t u;
     __builtin_memcpy(&u, &h, 2);
     return u;
-  }
-  template <typename T>
-  static int64_t keep(const T* v, const float* threshold, int64_t n, int32_t* idx, float* values) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; i += lanes) {
-      const int valid = n - i < lanes ? int(n - i) : lanes;
-      float lane[lanes];
-      store(lane, valid < lanes ? load_tail(v + i, valid) : load(v + i));
-      for (int k = 0; k < valid; ++k) {
-        idx[count] = int32_t(i) + k;
-        if (values) values[count] = lane[k];
-        count += !(__builtin_fabsf(lane[k]) < threshold[i + k]);
-      }
-    }
-    return count;
   }
 };
 

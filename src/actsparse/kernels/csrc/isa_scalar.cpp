@@ -10,6 +10,7 @@ namespace {
 struct Vec {
   static constexpr const char* name = "scalar";
   static constexpr int lanes = 4;
+  static constexpr bool compresses = false;
   struct V {
     float f[lanes];
   };
@@ -88,22 +89,6 @@ struct Vec {
     }
     const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
     return uint16_t(sign | ((rounded - (112u << 23)) >> 13));
-  }
-
-  template <typename T>
-  static int64_t keep(const T* v, const float* threshold, int64_t n, int32_t* idx, float* values) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; i += lanes) {
-      const int valid = n - i < lanes ? int(n - i) : lanes;
-      float lane[lanes];
-      store(lane, valid < lanes ? load_tail(v + i, valid) : load(v + i));
-      for (int k = 0; k < valid; ++k) {
-        idx[count] = int32_t(i) + k;
-        if (values) values[count] = lane[k];
-        count += !(__builtin_fabsf(lane[k]) < threshold[i + k]);
-      }
-    }
-    return count;
   }
 };
 

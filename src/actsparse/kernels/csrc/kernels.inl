@@ -1,7 +1,8 @@
 // The algorithms, written once over a small vector type. Each instruction set's file includes this one inside its own
 // anonymous namespace after defining `Vec`:
 //   Vec::lanes, V (the register), zero(), set1(f), load(const T*), load_tail(const T*, n), store(float*, V),
-//   store_tail(float*, V, n), fma(a, b, c) = a * b + c, add(a, b), sum(V), to_f16(float), keep(...),
+//   store_tail(float*, V, n), fma(a, b, c) = a * b + c, add(a, b), sum(V), to_f16(float);
+//   compresses; where it is true also keep(v, threshold, n, idx, values),
 //   pairs; where it is true also load_pairs(const Bf16*, even, odd), split(a, b, even, odd) and join(even, odd, a, b)
 // Nothing from std:: may be used here: an inline std:: function emitted with AVX-512 code could be the copy that the linker
 // keeps for the whole library. For the same reason mathematics goes through builtins and hand-written polynomials.
@@ -419,12 +420,33 @@ void activate(int32_t kind, float* x, int64_t n) {
   }
 }
 
+template <typename T, typename X = Vec>
+inline int64_t keep_one(const T* v, const float* threshold, int64_t n, int32_t* idx, float* values) {
+  if constexpr (X::compresses) {
+    return X::keep(v, threshold, n, idx, values);
+  } else {
+    constexpr int W = X::lanes;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += W) {
+      const int valid = n - i < W ? int(n - i) : W;
+      float lane[W];
+      X::store(lane, valid < W ? X::load_tail(v + i, valid) : X::load(v + i));
+      for (int k = 0; k < valid; ++k) {
+        idx[count] = int32_t(i) + k;
+        if (values) values[count] = lane[k];
+        count += !(__builtin_fabsf(lane[k]) < threshold[i + k]);
+      }
+    }
+    return count;
+  }
+}
+
 int64_t keep(int32_t dtype, const void* from, int64_t v_stride, const float* threshold, int64_t batch, int64_t n,
              int32_t* idx, float* values) {
-  if (batch == 1 && dtype == AS_BF16) return Vec::keep(static_cast<const Bf16*>(from), threshold, n, idx, values);
-  if (batch == 1 && dtype == AS_F16) return Vec::keep(static_cast<const F16*>(from), threshold, n, idx, values);
+  if (batch == 1 && dtype == AS_BF16) return keep_one(static_cast<const Bf16*>(from), threshold, n, idx, values);
+  if (batch == 1 && dtype == AS_F16) return keep_one(static_cast<const F16*>(from), threshold, n, idx, values);
   const float* const v = static_cast<const float*>(from);
-  if (batch == 1) return Vec::keep(v, threshold, n, idx, values);
+  if (batch == 1) return keep_one(v, threshold, n, idx, values);
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     bool any = false;
