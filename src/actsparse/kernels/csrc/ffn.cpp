@@ -113,7 +113,7 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   const int64_t up_bytes = dot_up ? stored_bytes(f.up) : 0, down_bytes = down_columns ? stored_bytes(f.down) : 0;
   const int64_t tasks = tasks_for(c.count * (up_bytes + down_bytes));
   // Every further segment has sums of its own: few beside the weights, or there are none.
-  const int64_t fine_sums = 4 * tasks * batch * f.down.out * int64_t(sizeof(float));
+  const int64_t fine_sums = Segments::rounds * tasks * batch * f.down.out * int64_t(sizeof(float));
   const Segments segments(tasks, 16 * fine_sums < c.count * (up_bytes + down_bytes));
   const int64_t v_stride = padded(down_columns ? c.count : f.up.out);
   float* const v = arena().take<float>(batch * v_stride);

@@ -108,6 +108,7 @@ class Claims {
 // on who was faster.
 class Segments {
  public:
+  static constexpr int64_t rounds = 4;  // segments per task of a fine cut
   Segments() = default;
   Segments(int64_t tasks, bool finely);
   int64_t number() const { return number_; }

@@ -15,10 +15,10 @@ void pause() {
 constexpr int64_t line = 16;  // floats; parts begin at whole lines
 constexpr int64_t slack = 16;  // what `keep` may write past its results
 
+constexpr int64_t worth_cutting = 64;  // rows per task; of fewer, whole groups of eight would leave tasks without any
 // Percent of its even share that each task gets at once, and then of those for all. Cores of the machine that this was
 // tried on differ by up to a third within 100 us; the last round bounds how long one waits for the other.
-constexpr int64_t worth_cutting = 64;  // rows per task; of fewer, whole groups of eight would leave tasks without any
-constexpr int64_t rounds = 4, percent[rounds] = {70, 16, 9, 5};
+constexpr int64_t percent[Segments::rounds] = {70, 16, 9, 5};
 
 }  // namespace
 
