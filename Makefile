@@ -12,7 +12,8 @@ RUN := $(VENV)/bin
 setup: $(VENV)/.ready
 
 # The package's folders are named so that a new file installs itself.
-$(VENV)/.ready: pyproject.toml CMakeLists.txt $(wildcard src/actsparse/kernels/csrc/*) src/actsparse src/actsparse/methods src/actsparse/cli
+SOURCES := $(shell find src -type d) $(wildcard src/actsparse/kernels/csrc/*)
+$(VENV)/.ready: pyproject.toml CMakeLists.txt $(SOURCES)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
 	$(RUN)/python -c "import torch" 2>/dev/null || $(RUN)/python -m pip install --quiet $(TORCH)

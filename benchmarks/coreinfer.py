@@ -29,13 +29,14 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from actsparse import calibrate, hf, kernels, restore, sparsify, text
-from actsparse.bench.shapes import config_of, random_model
-from actsparse.decode import Decoder
-from actsparse.lowmemory import open_mapped
+from actsparse import calibrate, kernels, restore, sparsify
+from actsparse.measure.bench.shapes import config_of, random_model
 from actsparse.methods.prompt import Choice, PromptRule, best
+from actsparse.models import opening, text
 from actsparse.plan import Plan
-from actsparse.swap import state_of
+from actsparse.runtime.decode import Decoder
+from actsparse.runtime.lowmemory import open_mapped
+from actsparse.runtime.swap import state_of
 
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 SHORT = (8, 16, 64)
@@ -84,7 +85,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
     """Perplexity of continuations, per prompt length, beta and rule."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = hf.open_model(options.model, "float32").to(device), hf.open_tokenizer(options.model)
+    model, tokenizer = opening.open_model(options.model, "float32").to(device), opening.open_tokenizer(options.model)
     windows = text.load_windows(
         options.text, tokenizer, tokens=options.windows * 512, window=512, packing="documents"
     ).tokens
@@ -265,7 +266,7 @@ def child(options: argparse.Namespace) -> None:
         calibrate(made, None, None, method="coreinfer", output=f"{options.model}/plan", **settings)
         return
     if options.path == "dense":
-        model = hf.open_model(options.model)
+        model = opening.open_model(options.model)
     else:
         model = sparsify(open_mapped(options.model), f"{options.model}/plan")
     decoder = Decoder(model, MEMORY_PROMPT + MEMORY_TOKENS)

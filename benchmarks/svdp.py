@@ -22,19 +22,20 @@ from typing import Any
 
 import torch
 
-from actsparse import evaluate, hf, text
 from actsparse.bench import shapes
-from actsparse.bench.measure import Settings, calibrate_on_random_tokens, measure
-from actsparse.calibration import Calibration, load_calibration_windows
+from actsparse.calibration.collect import Calibration, load_calibration_windows
 from actsparse.cli.bench import machine
 from actsparse.cli.terminal import print_json, print_table
+from actsparse.measure import evaluate
+from actsparse.measure.bench.run import Settings, calibrate_on_random_tokens, measure
 from actsparse.methods import make
 from actsparse.methods.base import Calibrated, Layer, Targets
 from actsparse.methods.relu import Zeros
+from actsparse.methods.statistics import Batch
 from actsparse.methods.svdp import Svdp, TokenSample
 from actsparse.methods.whitening import Covariance
+from actsparse.models import opening, text
 from actsparse.plan import ModelIdentity, Plan
-from actsparse.statistics import Batch
 
 REFERENCE = Path(__file__).resolve().parent.parent / "reference"
 NATURAL = 0.9
@@ -56,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def ablation(options: argparse.Namespace) -> dict[str, Any]:
     """Every variant on the same calibration statistics and the same evaluation tokens."""
-    model, tokenizer = hf.open_model(options.model, "float32"), hf.open_tokenizer(options.model)
+    model, tokenizer = opening.open_model(options.model, "float32"), opening.open_tokenizer(options.model)
     windows = load_calibration_windows(
         model, tokenizer, options.calibration, tokens=options.tokens, window=512, packing="packed"
     )

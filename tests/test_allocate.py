@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from actsparse import allocate as engine
-from actsparse import text
-from actsparse.allocate import Allocation, Step, allocate, climb, sample_windows, site_bytes
-from actsparse.calibration import Calibration
+from actsparse.calibration import allocation as engine
+from actsparse.calibration.allocation import Allocation, Step, allocate, climb, sample_windows, site_bytes
+from actsparse.calibration.collect import Calibration
 from actsparse.methods import make
 from actsparse.methods.base import Calibrated, Method, MethodError
+from actsparse.models import text
 from actsparse.plan import PlanError
 
 STEPS = 12

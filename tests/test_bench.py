@@ -10,12 +10,12 @@ import torch
 from transformers import LlamaConfig
 
 from actsparse import kernels
-from actsparse.bench import measure, peer, shapes
 from actsparse.cli import doctor, main
-from actsparse.evaluate import weights_read
+from actsparse.measure.bench import peer, run, shapes
+from actsparse.measure.evaluate import weights_read
 from actsparse.methods import make
-from actsparse.sites import ModelError
-from actsparse.swap import restore, sparsify, state_of
+from actsparse.models.sites import ModelError
+from actsparse.runtime.swap import restore, sparsify, state_of
 
 LLAMA_CPP = all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
 
@@ -44,7 +44,7 @@ def plans(model):
     def quiet(done: int, total: int) -> None:
         pass
 
-    return measure.calibrate_on_random_tokens(model, make("chess"), [0.3, 0.7], tokens=512, progress=quiet)
+    return run.calibrate_on_random_tokens(model, make("chess"), [0.3, 0.7], tokens=512, progress=quiet)
 
 
 def test_named_shapes() -> None:
@@ -81,8 +81,8 @@ def test_available_memory_is_plausible() -> None:
 
 
 def test_rows_count_what_was_read(model, plans) -> None:
-    settings = measure.Settings(prompt_tokens=8, new_tokens=4, repeats=2, llama_cpp=False)
-    report = measure.measure(model, plans, settings, say=lambda line: None)
+    settings = run.Settings(prompt_tokens=8, new_tokens=4, repeats=2, llama_cpp=False)
+    report = run.measure(model, plans, settings, say=lambda line: None)
     assert state_of(model) is None
     document = report.document()
     rows = {(row["name"], row["sparsity"]): row for row in document["results"]}
@@ -105,9 +105,9 @@ def test_neurons_chosen_per_prompt_are_decoded_natively() -> None:
     # Six layers, because the first of them stay dense.
     model = shapes.random_model(small(num_hidden_layers=6), "bfloat16")
     method = make("coreinfer", mode="stability")
-    plans = measure.calibrate_on_random_tokens(model, method, [0.6], tokens=512, progress=lambda done, total: None)
-    settings = measure.Settings(prompt_tokens=8, new_tokens=3, repeats=1, llama_cpp=False)
-    _, dense, sparse = measure.measure(model, plans, settings, say=lambda line: None).rows
+    plans = run.calibrate_on_random_tokens(model, method, [0.6], tokens=512, progress=lambda done, total: None)
+    settings = run.Settings(prompt_tokens=8, new_tokens=3, repeats=1, llama_cpp=False)
+    _, dense, sparse = run.measure(model, plans, settings, say=lambda line: None).rows
     assert sparse.error is not None
     assert sparse.weights_read_bytes < dense.weights_read_bytes
     assert sparse.ffn_sparsity == pytest.approx(0.6 * 5 / 6, abs=0.05)
@@ -118,9 +118,9 @@ def test_families_without_a_native_step_are_timed_through_their_modules(family: 
     changes = {"intermediate_size": 256} if family == "gemma" else {"ffn_dim": 256, "word_embed_proj_dim": 48}
     model = tiny(family, torch.bfloat16, **changes)
     quiet = {"progress": lambda done, total: None}
-    plans = measure.calibrate_on_random_tokens(model, make("chess"), [0.5], tokens=512, **quiet)
+    plans = run.calibrate_on_random_tokens(model, make("chess"), [0.5], tokens=512, **quiet)
     said: list[str] = []
-    report = measure.measure(model, plans, measure.Settings(8, 3, 2), say=said.append)
+    report = run.measure(model, plans, run.Settings(8, 3, 2), say=said.append)
     eager, sparse = report.rows
     assert said[0] == f"family {family} has no native decode step: decoding goes through transformers' modules"
     assert (eager.path, sparse.path) == ("transformers", "transformers")
@@ -133,20 +133,20 @@ def test_families_without_a_native_step_are_timed_through_their_modules(family: 
 
 
 def test_wrong_logits_are_not_timed(model, plans, monkeypatch) -> None:
-    settings = measure.Settings(prompt_tokens=4, new_tokens=2, repeats=1, llama_cpp=False)
-    step = measure.Decoder.step
-    monkeypatch.setattr(measure.Decoder, "step", lambda self, token: step(self, token).roll(1))
+    settings = run.Settings(prompt_tokens=4, new_tokens=2, repeats=1, llama_cpp=False)
+    step = run.Decoder.step
+    monkeypatch.setattr(run.Decoder, "step", lambda self, token: step(self, token).roll(1))
     with pytest.raises(ModelError, match=r"native decode step of dense differs .* of logits, .* not timed"):
-        measure.measure(model, plans, settings, say=lambda line: None)
+        run.measure(model, plans, settings, say=lambda line: None)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_wrong_layer_is_noticed(model, plans, sparse) -> None:
-    settings = measure.Settings(prompt_tokens=4, new_tokens=2, repeats=1)
+    settings = run.Settings(prompt_tokens=4, new_tokens=2, repeats=1)
     if sparse:
         sparsify(model, plans[1])
-    native = measure._Native(model, torch.arange(4), settings)
-    allowed = measure.tolerance(torch.bfloat16, 1, sparse=sparse)
+    native = run._Native(model, torch.arange(4), settings)
+    allowed = run.tolerance(torch.bfloat16, 1, sparse=sparse)
     assert native.check(model) < allowed
     layer = native.decoder.native.layer[1]
     layer.ffn.up, layer.ffn.gate = layer.ffn.gate, layer.ffn.up
@@ -155,11 +155,11 @@ def test_a_wrong_layer_is_noticed(model, plans, sparse) -> None:
 
 
 def test_the_context_is_a_limit(model) -> None:
-    settings = measure.Settings(prompt_tokens=250, new_tokens=7)
+    settings = run.Settings(prompt_tokens=250, new_tokens=7)
     with pytest.raises(
         ModelError, match=r"250 \+ 7 tokens were asked for, expected at most the model's context of 256"
     ):
-        measure.measure(model, [], settings, say=lambda line: None)
+        run.measure(model, [], settings, say=lambda line: None)
 
 
 @pytest.mark.parametrize("name", peer.FORMATS)

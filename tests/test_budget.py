@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 import actsparse
-from actsparse import text
-from actsparse.budget import Budget, search
-from actsparse.calibration import Calibration
+from actsparse.calibration.budget import Budget, search
+from actsparse.calibration.collect import Calibration
 from actsparse.cli import main
-from actsparse.evaluate import compare_perplexity
+from actsparse.measure.evaluate import compare_perplexity, scorer
 from actsparse.methods import make
 from actsparse.methods.base import Targets
+from actsparse.methods.statistics import CalibrationError
+from actsparse.models import text
 from actsparse.plan import Plan
-from actsparse.statistics import CalibrationError
 
 OPTIONS = {"tokens": 1024, "window": 64}
 
@@ -39,7 +39,9 @@ def test_perplexity_increase_is_met_and_not_wasted(tiny: Any, tokenizer: Any, te
     method = make("teal")
     run = Calibration(model, windows, [method])
     stats = run.collect()["teal"]
-    found = search(model, lambda s: run.solve(method, stats, Targets(s)), windows, Budget(max_ppl_increase=0.01))
+    found = search(
+        model, lambda s: run.solve(method, stats, Targets(s)), windows, Budget(max_ppl_increase=0.01), scorer
+    )
     assert found.measured <= 0.01
     assert found.plan.sparsity > 0
     tried = {sparsity: value for sparsity, value in found.trace}

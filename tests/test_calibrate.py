@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import actsparse
-from actsparse import calibration as engine
+from actsparse.calibration import collect as engine
 from actsparse.methods.base import MethodError
+from actsparse.methods.statistics import CalibrationError
+from actsparse.models.text import TextError, load_windows
 from actsparse.plan import Plan, PlanError
-from actsparse.statistics import CalibrationError
-from actsparse.text import TextError, load_windows
 
 TOKENS, WINDOW = 2048, 64
 

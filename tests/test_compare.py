@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from actsparse import compare as engine
-from actsparse import report
-from actsparse.bench.measure import Settings
 from actsparse.cli import main
-from actsparse.compare import Grid, compare, load, markdown, measure_speed, variant_of
-from actsparse.evaluate import compare_perplexity
+from actsparse.measure import compare as engine
+from actsparse.measure import report
+from actsparse.measure.bench.run import Settings
+from actsparse.measure.compare import Grid, compare, load, markdown, measure_speed, variant_of
+from actsparse.measure.evaluate import compare_perplexity
 from actsparse.methods.base import MethodError
+from actsparse.methods.statistics import CalibrationError
+from actsparse.models.text import TextError
 from actsparse.plan import Plan, PlanError
-from actsparse.statistics import CalibrationError
-from actsparse.text import TextError
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

@@ -12,9 +12,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from actsparse import Plan, calibrate, restore, sparsify
-from actsparse.decode import Decoder
-from actsparse.evaluate import compare_perplexity
-from actsparse.lowmemory import open_mapped
+from actsparse.measure.evaluate import compare_perplexity
+from actsparse.measure.neuron_report import neuron_report, write
 from actsparse.methods.base import MethodError
 from actsparse.methods.coreinfer import (
     ENOUGH,
@@ -27,12 +26,13 @@ from actsparse.methods.coreinfer import (
     elbow,
     strengths,
 )
-from actsparse.neuron_report import neuron_report, write
+from actsparse.methods.statistics import Batch
+from actsparse.models.sites import ModelError
+from actsparse.models.text import TextError, Windows
 from actsparse.plan import PlanError
-from actsparse.sites import ModelError
-from actsparse.statistics import Batch
-from actsparse.swap import state_of
-from actsparse.text import TextError, Windows
+from actsparse.runtime.decode import Decoder
+from actsparse.runtime.lowmemory import open_mapped
+from actsparse.runtime.swap import state_of
 
 N, LAYERS = 96, 3
 

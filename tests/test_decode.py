@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from actsparse import kernels
-from actsparse.decode import Decoder
+from actsparse.models.sites import ModelError, describe
 from actsparse.plan import ModelIdentity, Plan
-from actsparse.sites import ModelError, describe
-from actsparse.swap import restore, sparsify
+from actsparse.runtime.decode import Decoder
+from actsparse.runtime.swap import restore, sparsify
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actsparse.cli import main
 from actsparse.cli.generate import diverged
-from actsparse.generate import Generation, Sampling, Session, generate
+from actsparse.models.sites import ModelError, describe
+from actsparse.models.text import TextError
 from actsparse.plan import ModelIdentity, Plan
-from actsparse.sites import ModelError, describe
-from actsparse.swap import sparsify
-from actsparse.text import TextError
+from actsparse.runtime.generate import Generation, Sampling, Session, generate
+from actsparse.runtime.swap import sparsify
 
 PROMPT = "a token and another one"
 
@@ -60,7 +60,7 @@ def plan_for(model: LlamaForCausalLM) -> Plan:
 
 
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actsparse.generate.Decoder.supports", staticmethod(lambda model: "switched off"))
+    monkeypatch.setattr("actsparse.runtime.generate.Decoder.supports", staticmethod(lambda model: "switched off"))
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_an_interrupted_answer_leaves_the_session_usable(model, tokenizer, monke
             raise KeyboardInterrupt
 
     # Bytes that end in a line feed are final at once, so the stream is called while decoding.
-    monkeypatch.setattr("actsparse.generate._Streamer.put", lambda self, value: _put(self, value))
+    monkeypatch.setattr("actsparse.runtime.generate._Streamer.put", lambda self, value: _put(self, value))
 
     def _put(self, value: torch.Tensor) -> None:
         if self.skip_prompt and self.next_tokens_are_prompt:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actsparse import calibrate, restore, sparsify
 from actsparse.methods.griffin import GriffinRule
 from actsparse.plan import PlanError
-from actsparse.swap import state_of
+from actsparse.runtime.swap import state_of
 
 
 @pytest.fixture

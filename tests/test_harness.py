@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import actsparse
-from actsparse import harness
 from actsparse.cli import main
-from actsparse.harness import Score, TaskError, Tasks, paired
+from actsparse.measure import harness
+from actsparse.measure.harness import Score, TaskError, Tasks, paired
 from actsparse.plan import Plan, PlanError
 
 pytest.importorskip("lm_eval")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from actsparse.cli import main
-from actsparse.interchange import export_predictors, import_predictors
+from actsparse.models.interchange import export_predictors, import_predictors
 from actsparse.plan import ModelIdentity, Plan, PlanError
 
 MODEL = ModelIdentity("llama", 2, 24, 60, 4, 2, 6, "relu", "0" * 64)

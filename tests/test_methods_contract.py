@@ -11,17 +11,18 @@ import pytest
 import torch
 
 import actsparse
-from actsparse import kernels, text
-from actsparse.bench.measure import Settings, measure
-from actsparse.calibration import Calibration
-from actsparse.decode import Decoder
-from actsparse.evaluate import compare_perplexity, window_losses
-from actsparse.generate import Session
-from actsparse.layers import SparseFFN, SparseLinear
+from actsparse import kernels
+from actsparse.calibration.collect import Calibration
+from actsparse.measure.bench.run import Settings, measure
+from actsparse.measure.evaluate import compare_perplexity, window_losses
 from actsparse.methods import METHODS, make
 from actsparse.methods.base import MethodError, Targets
+from actsparse.models import text
 from actsparse.plan import Plan, PlanError
-from actsparse.swap import state_of
+from actsparse.runtime.decode import Decoder
+from actsparse.runtime.generate import Session
+from actsparse.runtime.layers import SparseFFN, SparseLinear
+from actsparse.runtime.swap import state_of
 
 # Exact zeros, for the methods that live on them.
 RELU = ("relu", "svdp")

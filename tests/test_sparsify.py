@@ -12,11 +12,11 @@ from transformers import CONFIG_MAPPING
 
 import actsparse
 from actsparse import kernels
-from actsparse.layers import Meter, SparseFFN, SparseLinear, is_columns
+from actsparse.models.sites import FAMILIES, ModelError
+from actsparse.models.text import load_windows
 from actsparse.plan import Plan, PlanError
-from actsparse.sites import FAMILIES, ModelError
-from actsparse.swap import attach_meter, path_of, state_of
-from actsparse.text import load_windows
+from actsparse.runtime.layers import Meter, SparseFFN, SparseLinear, is_columns
+from actsparse.runtime.swap import attach_meter, path_of, state_of
 
 TEXT_OPTIONS = {"tokens": 1024, "window": 64}
 # Families that transformers itself can build and whose block has a gate.

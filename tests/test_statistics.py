@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from actsparse.statistics import SKIP_ZEROS, Batch, CalibrationError, Histogram, Moments
+from actsparse.methods.statistics import Batch, CalibrationError, Histogram, Moments
+from actsparse.plan import SKIP_ZEROS
 
 WHERE = Batch(0, ("",))
 

@@ -14,10 +14,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
 
 from actsparse import kernels, restore, sparsify
-from actsparse.calibration import Calibration, calibrate
+from actsparse.calibration.collect import Calibration, calibrate
 from actsparse.kernels import portable, reference
+from actsparse.measure.predictor_report import measure
 from actsparse.methods import make
 from actsparse.methods.base import MethodError, Targets
+from actsparse.methods.statistics import Batch, CalibrationError
 from actsparse.methods.svdp import (
     Evidence,
     Svdp,
@@ -30,11 +32,9 @@ from actsparse.methods.svdp import (
     rectified_moment,
 )
 from actsparse.methods.whitening import Covariance, cholesky, low_rank, top_eigenvectors
-from actsparse.plan import ModelIdentity, Plan
-from actsparse.predictor_report import measure
-from actsparse.sites import describe, layers_of
-from actsparse.statistics import SKIP_ZEROS, Batch, CalibrationError
-from actsparse.text import Windows
+from actsparse.models.sites import describe, layers_of
+from actsparse.models.text import Windows
+from actsparse.plan import SKIP_ZEROS, ModelIdentity, Plan
 
 WHERE = Batch(0, ("",))
 

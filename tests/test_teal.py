@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from actsparse import text
-from actsparse.calibration import Calibration
+from actsparse.calibration.collect import Calibration
 from actsparse.methods import make
 from actsparse.methods.base import Targets
 from actsparse.methods.teal import INPUTS
-from actsparse.sites import layers_of
+from actsparse.models import text
+from actsparse.models.sites import layers_of
 
 
 def seen_by(model: Any, windows: text.Windows) -> list[dict[str, torch.Tensor]]:

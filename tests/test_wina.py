@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from actsparse import text
-from actsparse.calibration import Calibration
+from actsparse.calibration.collect import Calibration
 from actsparse.methods import make
 from actsparse.methods.base import Targets
-from actsparse.sites import layers_of
+from actsparse.models import text
+from actsparse.models.sites import layers_of
 
 
 @pytest.fixture

@@ -6,20 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actsparse.calibration import calibrate
+    from actsparse.measure.calibrate import calibrate
     from actsparse.methods import METHODS
     from actsparse.plan import Plan
-    from actsparse.swap import load, restore, sparsify
+    from actsparse.runtime.swap import load, restore, sparsify
 
 __all__ = ["METHODS", "Plan", "calibrate", "load", "restore", "sparsify"]
 
 _HOMES = {
     "METHODS": "actsparse.methods",
     "Plan": "actsparse.plan",
-    "calibrate": "actsparse.calibration",
-    "load": "actsparse.swap",
-    "restore": "actsparse.swap",
-    "sparsify": "actsparse.swap",
+    "calibrate": "actsparse.measure.calibrate",
+    "load": "actsparse.runtime.swap",
+    "restore": "actsparse.runtime.swap",
+    "sparsify": "actsparse.runtime.swap",
 }
 
 

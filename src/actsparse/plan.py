@@ -36,6 +36,8 @@ from safetensors.torch import save_file
 FORMAT = "actsparse-plan"
 FORMAT_VERSION = 1
 MOST_LAYERS = 9999
+# The smallest threshold that skips exact zeros and nothing that matters: ReLU's exact sparsity.
+SKIP_ZEROS = float(torch.finfo(torch.float32).tiny)
 SCOPES = ("all", "decode", "last_half")
 _THRESHOLD = re.compile(r"layers\.([0-9]{1,6})\.(q|k|v|o|gate|up|down|ffn)\.threshold")
 _PREDICTOR = re.compile(r"layers\.([0-9]{1,6})\.ffn\.predictor_(a|b|bias)")

@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from actsparse.hf import ModelError
     from actsparse.methods.base import MethodError
+    from actsparse.methods.statistics import CalibrationError
+    from actsparse.models.opening import ModelError
+    from actsparse.models.text import TextError
     from actsparse.plan import PlanError
-    from actsparse.statistics import CalibrationError
-    from actsparse.text import TextError
 
     warnings.showwarning = _show_warning
     # SIGTERM unwinds like an exception, so that temporary files are removed on the way.

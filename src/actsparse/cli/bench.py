@@ -18,7 +18,7 @@ from actsparse.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from actsparse.bench.measure import Report
+    from actsparse.measure.bench.run import Report
     from actsparse.plan import Plan
 
 
@@ -66,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and report; the last line is one JSON document."""
-    from actsparse import hf
-    from actsparse.bench import shapes
-    from actsparse.bench.measure import Settings, measure
+    from actsparse.measure.bench import shapes
+    from actsparse.measure.bench.run import Settings, measure
     from actsparse.methods import make
+    from actsparse.models import opening
     from actsparse.plan import Plan, PlanError
 
     if options.shape and options.plan:
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         model = shapes.random_model(shapes.config_of(options.shape), dtype, name=options.shape)
     else:
         what = options.model
-        model = hf.open_model(options.model, options.dtype)
+        model = opening.open_model(options.model, options.dtype)
     if not plans:
         plans = _calibrate(options, model, method)
     settings = Settings(options.prompt_tokens, options.new_tokens, options.repeats, options.llama_cpp)
@@ -111,7 +111,7 @@ def machine() -> dict[str, Any]:
 
 
 def _calibrate(options: argparse.Namespace, model: Any, method: Any) -> list[Plan]:
-    from actsparse.bench.measure import calibrate_on_random_tokens
+    from actsparse.measure.bench.run import calibrate_on_random_tokens
 
     with progress_bar("calibrating on random tokens") as progress:
         return calibrate_on_random_tokens(

@@ -66,12 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Calibrate and say what was written."""
-    from actsparse import calibration as engine
-    from actsparse import evaluate, hf, text
-    from actsparse.allocate import ALLOCATIONS
-    from actsparse.budget import Budget
+    from actsparse.calibration import collect as engine
+    from actsparse.calibration.allocation import ALLOCATIONS
+    from actsparse.calibration.budget import Budget
+    from actsparse.measure import evaluate
     from actsparse.methods import make
-    from actsparse.statistics import CalibrationError
+    from actsparse.methods.statistics import CalibrationError
+    from actsparse.models import opening, text
 
     settings = {name: getattr(options, name) for name in _options() if getattr(options, name) is not None}
     # Everything that can be refused is refused before the model is read.
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
     if options.evaluation_text:
         next(text.read_documents(options.evaluation_text))
     set_threads(options)
-    model, tokenizer = hf.open_model(options.model, options.dtype), hf.open_tokenizer(options.model)
+    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
     with progress_bar("calibrating") as progress:
         plans = engine.calibrate(
             model,
@@ -106,6 +107,7 @@ def run(options: argparse.Namespace) -> None:
             scope=options.scope,
             allocation=options.allocation,
             budget=budget,
+            scorer=evaluate.scorer,
             output=options.output,
             progress=progress,
             **settings,

@@ -26,16 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Talk until /quit or the end of the input."""
-    from actsparse import generate as engine
-    from actsparse import hf
-    from actsparse.sites import ModelError
-    from actsparse.swap import load
+    from actsparse.models.sites import ModelError
+    from actsparse.runtime import generate as engine
+    from actsparse.runtime.swap import load
 
     set_threads(options)
     model, tokenizer = load(options.model, options.plan, dtype=options.dtype)
     context = engine.context_of(model)
     if options.context and options.context > context:
-        raise hf.ModelError(f"context is {options.context} tokens, expected at most the model's {context}")
+        raise ModelError(f"context is {options.context} tokens, expected at most the model's {context}")
     session = engine.Session(model, tokenizer, cache_length=options.context or min(context, 8192))
     sampling = engine.Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     talk: _Templated | _Plain

@@ -11,7 +11,7 @@ from actsparse.cli.terminal import add_model_arguments, positive, progress_bar, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    from actsparse.compare import VARIANTS, Grid
+    from actsparse.measure.compare import VARIANTS, Grid
     from actsparse.methods import METHODS
 
     add_model_arguments(parser)
@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Compare, and say where the results are."""
-    from actsparse import compare, hf, report
-    from actsparse.decode import Decoder
+    from actsparse.measure import compare, report
+    from actsparse.models import opening
+    from actsparse.runtime.decode import Decoder
 
     grid = compare.Grid(
         methods=[name for name in options.methods.split(",") if name],
@@ -68,13 +69,13 @@ def run(options: argparse.Namespace) -> None:
     report.check_plotting()
     set_threads(options)
     directory = Path(options.output)
-    model, tokenizer = hf.open_model(options.model, options.dtype), hf.open_tokenizer(options.model)
+    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
     with progress_bar("comparing") as progress:
         results = compare.compare(model, tokenizer, grid, directory, name=options.model, progress=progress)
     if not options.no_speed:
         obstacle = Decoder.supports(model)
         if obstacle is None:
-            from actsparse.bench.measure import Settings
+            from actsparse.measure.bench.run import Settings
 
             settings = Settings(repeats=options.repeats, llama_cpp=False)
             compare.measure_speed(model, directory, results, settings, say=_say)

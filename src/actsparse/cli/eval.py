@@ -32,10 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the tasks and report."""
-    from actsparse import harness, hf
-    from actsparse.calibration import check_writable
+    from actsparse.calibration.collect import check_writable
+    from actsparse.measure import harness
+    from actsparse.models import opening
+    from actsparse.models.sites import describe
     from actsparse.plan import ModelIdentity, Plan, PlanError, atomic_path
-    from actsparse.sites import describe
 
     if options.output:
         check_writable(options.output)
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     names = [name for name in options.tasks.split(",") if name]
     tasks = harness.Tasks(names, folder=options.tasks_folder, limit=options.limit, batch_size=options.batch_size)
     tasks.check(plan)
-    model, tokenizer = hf.open_model(options.model, options.dtype), hf.open_tokenizer(options.model)
+    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
     if plan is not None:
         plan.check_model(ModelIdentity(**describe(model)))
     dense = None if options.no_dense else tasks.run(model, tokenizer)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from actsparse.cli.terminal import add_model_arguments, positive, print_json, seed, set_threads
 
 if TYPE_CHECKING:
-    from actsparse.generate import Generation
+    from actsparse.runtime.generate import Generation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,11 +48,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: floa
 def run(options: argparse.Namespace) -> None:
     """Generate and report."""
     prompt = _prompt(options)
-    from actsparse import generate as engine
-    from actsparse import hf
-    from actsparse.lowmemory import open_mapped
+    from actsparse.models import opening
     from actsparse.plan import Plan, PlanError
-    from actsparse.swap import sparsify
+    from actsparse.runtime import generate as engine
+    from actsparse.runtime.lowmemory import open_mapped
+    from actsparse.runtime.swap import sparsify
 
     if options.compare and (not options.plan or options.temperature):
         wrong = "no --plan" if not options.plan else f"--temperature {options.temperature:g}"
@@ -63,9 +63,9 @@ def run(options: argparse.Namespace) -> None:
         if plan is None or not plan.prompt or options.compare:
             wrong = "--compare" if options.compare else f"--plan {options.plan}"
             raise PlanError(f"--low-memory got {wrong}, expected only a plan that chooses neurons per prompt")
-        model, tokenizer = open_mapped(options.model), hf.open_tokenizer(options.model)
+        model, tokenizer = open_mapped(options.model), opening.open_tokenizer(options.model)
     else:
-        model, tokenizer = hf.open_model(options.model, options.dtype), hf.open_tokenizer(options.model)
+        model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
 
     def reply(**more: Any) -> Generation:
         return engine.generate(
@@ -147,7 +147,7 @@ def _document(result: Generation) -> dict[str, Any]:
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    from actsparse.text import TextError
+    from actsparse.models.text import TextError
 
     try:
         if options.prompt_file is not None:

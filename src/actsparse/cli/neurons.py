@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, write, and show the two claims as tables."""
-    from actsparse import hf
-    from actsparse.neuron_report import neuron_report, write
+    from actsparse.measure.neuron_report import neuron_report, write
+    from actsparse.models import opening
 
     set_threads(options)
-    model, tokenizer = hf.open_model(options.model, options.dtype), hf.open_tokenizer(options.model)
+    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
     with progress_bar("comparing") as progress:
         report = neuron_report(
             model,

@@ -21,18 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and report."""
-    from actsparse import evaluate, hf, text
+    from actsparse.measure import evaluate
+    from actsparse.models import opening, text
+    from actsparse.models.text import TextError
     from actsparse.plan import Plan
-    from actsparse.text import TextError
 
     set_threads(options)
     plan = Plan.load(options.plan) if options.plan else None
     if plan is not None and options.scope:
         plan = plan.with_scope(options.scope)
-    model, tokenizer = hf.open_model(options.model, options.dtype), hf.open_tokenizer(options.model)
+    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
     if plan is not None:
+        from actsparse.models.sites import describe
         from actsparse.plan import ModelIdentity
-        from actsparse.sites import describe
 
         plan.check_model(ModelIdentity(**describe(model)))
     windows = text.load_windows(options.text, tokenizer, tokens=options.tokens, window=options.window)

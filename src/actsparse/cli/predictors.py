@@ -46,13 +46,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from actsparse import hf, predictor_report, text
+    from actsparse.measure import predictor_report
+    from actsparse.models import opening, text
+    from actsparse.models.sites import describe
     from actsparse.plan import ModelIdentity, Plan
-    from actsparse.sites import describe
 
     set_threads(options)
     plan = Plan.load(options.plan)
-    model, tokenizer = hf.open_model(options.model, options.dtype), hf.open_tokenizer(options.model)
+    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
     plan.check_model(ModelIdentity(**describe(model)))
     windows = text.load_windows(options.text, tokenizer, tokens=options.tokens, window=options.window)
     with progress_bar("looking") as progress:
@@ -79,8 +80,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from actsparse.hf import DTYPES as types
-    from actsparse.interchange import export_predictors
+    from actsparse.models.interchange import export_predictors
+    from actsparse.models.opening import DTYPES as types
     from actsparse.plan import Plan
 
     plan = Plan.load(options.plan)
@@ -89,11 +90,11 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from actsparse import hf
-    from actsparse.interchange import import_predictors
+    from actsparse.models import opening
+    from actsparse.models.interchange import import_predictors
+    from actsparse.models.sites import describe
     from actsparse.plan import ModelIdentity
-    from actsparse.sites import describe
 
-    model = ModelIdentity(**describe(hf.open_model(options.model)))
+    model = ModelIdentity(**describe(opening.open_model(options.model)))
     import_predictors(options.directory, model, linear=options.linear).save(options.plan)
     print(f"wrote {options.plan}: predictors of {model.layers} layers from {options.directory}")

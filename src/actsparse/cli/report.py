@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Make the table, the plots and the page anew."""
-    from actsparse import compare, report
+    from actsparse.measure import compare, report
 
     report.check_plotting()
     directory = Path(options.directory)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from actsparse.methods.statistics import Statistic
 from actsparse.plan import SCOPES, ModelIdentity
-from actsparse.statistics import Statistic
 
 
 class MethodError(ValueError):
@@ -84,7 +84,7 @@ class Method(ABC):
         source: paper and section.
         phases: token ranges, as fractions of the text, that calibration runs one after the other; none where the method
             needs no text.
-        packing: how text becomes windows (see :mod:`actsparse.text`).
+        packing: how text becomes windows (see :mod:`actsparse.models.text`).
         window: tokens per window unless the caller says otherwise.
         sites: the sites whose sparsity a caller may set one by one (see :class:`Targets`).
         scopes: the scopes its plans can have; the first is the usual one.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from actsparse.methods.base import Calibrated, Layer, Method, Solution, Targets, pooled_threshold
-from actsparse.statistics import Histogram, Statistic
+from actsparse.methods.statistics import Histogram, Statistic
 
 
 class Cats(Method):

@@ -21,7 +21,8 @@ from actsparse.methods.base import (
     note_rank_error,
     pooled_threshold,
 )
-from actsparse.statistics import SKIP_ZEROS, Histogram, Moments, Statistic
+from actsparse.methods.statistics import Histogram, Moments, Statistic
+from actsparse.plan import SKIP_ZEROS
 
 STATISTICS = ("abs", "rms")
 

@@ -30,8 +30,8 @@ import torch
 
 from actsparse.methods.base import Calibrated, Layer, Method, MethodError, Solution, Targets
 from actsparse.methods.prompt import Choice, PromptRule, best, layer_range, prompt_solution, setting
+from actsparse.methods.statistics import Batch, CalibrationError, Statistic, core_statistics
 from actsparse.plan import PlanError
-from actsparse.statistics import Batch, CalibrationError, Statistic, core_statistics
 
 MODES = ("auto", "stability", "similarity", "blend")
 RANKINGS = ("magnitude", "positive")
@@ -185,7 +185,7 @@ def strengths(values: torch.Tensor, ranking: str) -> torch.Tensor:
 def core_level(values: torch.Tensor, alpha: float, ranking: str, *, sparse: bool) -> torch.Tensor:
     """Per token, the strength of the last of its core neurons, float32 [T, 1].
 
-    Arguments as for :func:`actsparse.statistics.core_statistics`, ``ranking`` as for :class:`CoreInfer`.
+    Arguments as for :func:`actsparse.methods.statistics.core_statistics`, ``ranking`` as for :class:`CoreInfer`.
     """
     return core_statistics(values, alpha, positive=ranking == "positive", sparse=sparse)[0][:, None]
 

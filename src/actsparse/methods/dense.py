@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from actsparse.methods.base import Calibrated, Layer, Method, MethodError, Solution, Targets
-from actsparse.statistics import Statistic
+from actsparse.methods.statistics import Statistic
 
 
 class Dense(Method):

@@ -11,7 +11,7 @@ import torch
 
 from actsparse.methods.base import Calibrated, Layer, Method, Solution, Targets
 from actsparse.methods.prompt import Choice, PromptRule, best, layer_range, prompt_solution
-from actsparse.statistics import Statistic
+from actsparse.methods.statistics import Statistic
 
 
 class Griffin(Method):

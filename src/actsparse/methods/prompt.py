@@ -1,7 +1,7 @@
 """What a method is that chooses neurons once per prompt: how a text is scored, and which neurons its scores choose.
 
 A rule sees plain tensors and keeps no state.  Scores add up over texts, so that whoever runs the model can keep them per
-sequence and go on when more text arrives; :mod:`actsparse.prompts` does.
+sequence and go on when more text arrives; :mod:`actsparse.runtime.prompts` does.
 
 Shape letters: T tokens, N neurons, S rows of a score.
 """

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from actsparse.methods.base import Calibrated, Layer, Method, MethodError, Solution, Targets
-from actsparse.statistics import SKIP_ZEROS, Batch, CalibrationError, Statistic
+from actsparse.methods.statistics import Batch, CalibrationError, Statistic
+from actsparse.plan import SKIP_ZEROS
 
 ACTIVATIONS = ("relu", "relu2", "drelu")
 

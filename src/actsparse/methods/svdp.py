@@ -20,8 +20,8 @@ import torch
 
 from actsparse.methods.base import Calibrated, Layer, Method, MethodError, Solution, Targets
 from actsparse.methods.relu import Zeros, check_activation, skip_zeros
+from actsparse.methods.statistics import Batch, CalibrationError, Statistic
 from actsparse.methods.whitening import Covariance, LowRank, low_rank
-from actsparse.statistics import Batch, CalibrationError, Statistic
 
 BIASES = ("none", "constant", "full", "smooth")
 PENALTIES = ("gate", "gate-up", "full")

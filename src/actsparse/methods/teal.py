@@ -1,7 +1,7 @@
 """TEAL: one input threshold per matrix, on all seven matrices of a layer.
 
 Liu et al., "Training-Free Activation Sparsity in Large Language Models", arXiv:2408.14690, sections 4.1 (thresholds) and
-4.2 (block-wise greedy allocation, here :mod:`actsparse.allocate`).
+4.2 (block-wise greedy allocation, here :mod:`actsparse.calibration.allocation`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from actsparse.methods.base import Calibrated, Layer, Method, Solution, Targets, pooled_threshold
-from actsparse.statistics import Histogram, Statistic
+from actsparse.methods.statistics import Histogram, Statistic
 
 # Which tap each projection's input is, and so which distribution its threshold comes from.
 INPUTS = {

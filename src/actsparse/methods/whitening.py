@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from actsparse.statistics import Batch, CalibrationError, Statistic
+from actsparse.methods.statistics import Batch, CalibrationError, Statistic
 
 # Up to this size all eigenvectors are computed: a second or two, and exact.
 _DIRECT = 1024

@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from actsparse.methods.base import Calibrated, Layer, Method, Solution, Targets, note_rank_error
+from actsparse.methods.statistics import Histogram, Statistic
 from actsparse.methods.teal import INPUTS, inputs_of
-from actsparse.statistics import SKIP_ZEROS, Histogram, Statistic
+from actsparse.plan import SKIP_ZEROS
 
 
 class Wina(Method):

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from actsparse import sites, text
+from actsparse.models import sites, text
 from actsparse.plan import ModelIdentity, Plan, PlanError
-from actsparse.swap import restore
+from actsparse.runtime.swap import restore
 
 BATCH_TOKENS = 2048
 # Scores are ranked by the upper half of their float32 pattern: 128 bins a power of two. Pairs that share a bin count half.

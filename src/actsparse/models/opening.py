@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from actsparse.sites import ModelError, family_of
+from actsparse.models.sites import ModelError, family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

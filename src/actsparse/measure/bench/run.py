@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from actsparse import kernels, sites
-from actsparse.bench import peer
-from actsparse.calibration import Calibration, Progress, check_sparsity
-from actsparse.decode import Decoder
-from actsparse.evaluate import weights_read
-from actsparse.layers import Meter
+from actsparse import kernels
+from actsparse.calibration.collect import Calibration, Progress, check_sparsity
+from actsparse.measure.bench import peer
+from actsparse.measure.evaluate import weights_read
 from actsparse.methods import Method
 from actsparse.methods.base import Targets
+from actsparse.models import sites
+from actsparse.models.sites import ModelError
+from actsparse.models.text import Windows
 from actsparse.plan import ModelIdentity, Plan
-from actsparse.sites import ModelError
-from actsparse.swap import attach_meter, restore, sparsify
-from actsparse.text import Windows
+from actsparse.runtime.decode import Decoder
+from actsparse.runtime.layers import Meter
+from actsparse.runtime.swap import attach_meter, restore, sparsify
 
 CALIBRATION_WINDOW = 256
 CHECKED_STEPS = 4

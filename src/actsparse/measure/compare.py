@@ -1,7 +1,7 @@
 """Many methods, one protocol: the same model, text, tokens, scope and kernels for every cell of a grid.
 
 A folder holds everything: one plan and one JSON document per cell, the Markdown table, the plots and the page that
-:mod:`actsparse.report` makes of them.  Every document carries a key of all that it depends on, so that a run that was
+:mod:`actsparse.measure.report` makes of them.  Every document carries a key of all that it depends on, so that a run that was
 interrupted, or is given more methods or levels, computes only what is missing, and two runs give the same digits.  Timings
 cannot, and lie in a file of their own.
 """
@@ -20,13 +20,14 @@ from typing import Any, Protocol
 
 import torch
 
-from actsparse import evaluate, text
-from actsparse.allocate import allocate
-from actsparse.calibration import Calibration, check_sparsity, load_calibration_windows
+from actsparse.calibration.allocation import allocate
+from actsparse.calibration.collect import Calibration, check_sparsity, load_calibration_windows
+from actsparse.measure import evaluate
 from actsparse.methods import METHODS, Method, MethodError, make
 from actsparse.methods.base import Calibrated, Targets
+from actsparse.models import text
+from actsparse.models.text import TextError, Windows
 from actsparse.plan import SCOPES, Plan, PlanError, atomic_path
-from actsparse.text import TextError, Windows
 
 # Raise it when a cell's content changes for the same inputs.
 _PROTOCOL = 1
@@ -234,10 +235,10 @@ def measure_speed(model: Any, directory: Path, results: Results, settings: Any, 
         model: the model, on the CPU.
         directory: the comparison's folder.
         results: its cells; their ``speed`` is filled in.
-        settings: a :class:`actsparse.bench.measure.Settings`.
+        settings: a :class:`actsparse.measure.bench.run.Settings`.
         say: told what is going on.
     """
-    from actsparse.bench.measure import measure
+    from actsparse.measure.bench.run import measure
 
     names, plans = [], []
     for cell in results.cells:
@@ -474,7 +475,7 @@ class _Run:
 def _tasks(grid: Grid) -> Any:
     if not grid.tasks:
         return None
-    from actsparse.harness import Tasks
+    from actsparse.measure.harness import Tasks
 
     tasks = Tasks(grid.tasks, folder=grid.tasks_folder, limit=grid.limit)
     tasks.check(_NoRules(grid.scope))  # type: ignore[arg-type]

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from actsparse import sites
-from actsparse.sites import ModelError
+from actsparse.models import sites
+from actsparse.models.sites import ModelError
 
 _ATTRIBUTE = "actsparse_mapped"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -37,8 +37,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional as F
 
-from actsparse import sites
 from actsparse.methods.base import Calibrated, Method, MethodError, Targets
+from actsparse.models import sites
 from actsparse.plan import PlanError, atomic_path
 
 ALLOCATIONS = ("uniform", "greedy")

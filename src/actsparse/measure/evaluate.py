@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
 
-from actsparse import sites, text
-from actsparse.layers import Meter, SparseFFN
+from actsparse.models import sites, text
 from actsparse.plan import Plan
-from actsparse.swap import attach_meter, restore, sparsify, state_of
+from actsparse.runtime.layers import Meter, SparseFFN
+from actsparse.runtime.swap import attach_meter, restore, sparsify, state_of
 
 BATCH_TOKENS = 2048
 
@@ -109,6 +109,19 @@ def compare_perplexity(
         site: value for site, value in meter.sparsity().items() if site in plan.achieved or not plan.achieved
     }
     return Comparison(one, other, _stderr(paired), read, site_sparsity, scored_tokens(windows, plan.scope), plan.scope)
+
+
+def scorer(model: Any, windows: text.Windows) -> Callable[[Plan], tuple[float, float]]:
+    """What a search for a budget measures plans with: fraction of the weights read, relative increase of perplexity."""
+    dense: dict[str, torch.Tensor] = {}
+
+    def score(plan: Plan) -> tuple[float, float]:
+        if plan.scope not in dense:
+            dense[plan.scope] = window_losses(model, windows, plan.scope)
+        result = compare_perplexity(model, plan, windows, dense=dense[plan.scope])
+        return result.weights_read.fraction, result.sparse.ppl / result.dense.ppl - 1
+
+    return score
 
 
 def window_losses(

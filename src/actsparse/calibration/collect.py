@@ -25,13 +25,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from actsparse import sites, text
-from actsparse.allocate import ALLOCATIONS, Allocation, allocate
-from actsparse.budget import Budget, search
+from actsparse.calibration.allocation import ALLOCATIONS, Allocation, allocate
+from actsparse.calibration.budget import Budget, Scorer, search
 from actsparse.methods import Method, make
 from actsparse.methods.base import Calibrated, Layer, Targets
+from actsparse.methods.statistics import MAX_TOKENS, Batch, CalibrationError, Statistic
+from actsparse.models import sites, text
 from actsparse.plan import SCOPES, ModelIdentity, Plan, PlanError, atomic_path
-from actsparse.statistics import MAX_TOKENS, Batch, CalibrationError, Statistic
 
 BATCH_TOKENS = 2048
 SAVE_EVERY_SECONDS = 30.0
@@ -55,6 +55,7 @@ def calibrate(
     scope: str | None = None,
     allocation: str = "uniform",
     budget: Budget | None = None,
+    scorer: Scorer | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     **settings: Any,
@@ -64,7 +65,7 @@ def calibrate(
     Args:
         model: a Hugging Face causal language model of a supported family.
         tokenizer: its tokenizer.
-        texts: a file, a hub dataset (see :func:`actsparse.text.read_documents`) or a list of strings;
+        texts: a file, a hub dataset (see :func:`actsparse.models.text.read_documents`) or a list of strings;
             None for a method that needs no text.
         method: name of the method.
         sparsity: target, 0 <= sparsity < 1; a sequence costs one calibration and returns a list of plans.
@@ -72,8 +73,9 @@ def calibrate(
         window: tokens per window; by default the method's (mostly 1024) or the model's context if shorter.
         scope: which tokens the plan sparsifies, ``all``, ``decode`` or ``last_half``; by default ``all``, or ``decode`` for
             a method that chooses neurons per prompt.
-        allocation: ``uniform``, or ``greedy`` to spend the sparsity where it hurts least (:mod:`actsparse.allocate`).
-        budget: find the sparsity that meets it instead of taking ``sparsity`` (:mod:`actsparse.budget`).
+        allocation: ``uniform``, or ``greedy`` to spend the sparsity where it hurts least (:mod:`.allocation`).
+        budget: find the sparsity that meets it instead of taking ``sparsity`` (:mod:`.budget`).
+        scorer: what measures plans for ``budget``; ``actsparse.calibrate`` hands in :func:`actsparse.measure.evaluate.scorer`.
         output: where the plan is written (with several targets: one file each, see :func:`plan_paths`), and beside it
             the progress of an interrupted run and the log of a greedy allocation (``.allocation.json``).
         progress: called after every batch.
@@ -86,6 +88,8 @@ def calibrate(
     check_sparsity(targets)
     if allocation not in ALLOCATIONS:
         raise CalibrationError(f"allocation {allocation!r} is unknown: expected one of {', '.join(ALLOCATIONS)}")
+    if budget is not None and scorer is None:
+        raise CalibrationError("a budget was given without a scorer, expected both (actsparse.calibrate hands one in)")
     chosen = make(method, **settings)
     scope = check_scope(chosen, scope)
     if chosen.scopes == ("decode",) and allocation != "uniform":
@@ -112,10 +116,10 @@ def calibrate(
         plan = run.solve(chosen, calibrated, found.targets(target) if found else Targets(target), scope=scope)
         return replace(plan, settings={**plan.settings, **found.describe()}) if found else plan
 
-    if budget is None:
+    if budget is None or scorer is None:
         plans = [solve(target) for target in targets]
     else:
-        spent = search(model, solve, windows, budget, progress=progress)
+        spent = search(model, solve, windows, budget, scorer, progress=progress)
         plans, targets = [spent.plan], [spent.plan.sparsity]
     if output is not None:
         for plan, path in zip(plans, plan_paths(output, targets), strict=True):

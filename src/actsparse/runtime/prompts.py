@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from actsparse import kernels
-from actsparse.layers import SparseModule
 from actsparse.methods.prompt import Choice, PromptRule
-from actsparse.sites import ModelError
+from actsparse.models.sites import ModelError
+from actsparse.runtime.layers import SparseModule
 
 _ATTRIBUTE = "_actsparse_session"
 
@@ -259,7 +259,7 @@ class PromptFFN(SparseModule):
         self.activation = activation
         self.up_activation = up_activation
         self.prompts = prompts
-        # Called when a text is through this block, for weights that are mapped from a file: :mod:`actsparse.lowmemory`.
+        # Called when a text is through this block, for weights that are mapped from a file: :mod:`actsparse.runtime.lowmemory`.
         self.release: Callable[[], None] | None = None
         self._names = {}
         for projection, (name, linear) in projections.items():

@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from actsparse import hf, kernels, sites
-from actsparse.layers import (
+from actsparse import kernels
+from actsparse.methods import prompt_rule
+from actsparse.models import opening, sites
+from actsparse.plan import ModelIdentity, Plan, PlanError
+from actsparse.runtime.layers import (
     FFN_RULES,
     Meter,
     Passed,
@@ -21,10 +24,8 @@ from actsparse.layers import (
     lay_columns,
     lay_rows,
 )
-from actsparse.lowmemory import MappedWeights, mapped_weights, open_mapped
-from actsparse.methods import prompt_rule
-from actsparse.plan import ModelIdentity, Plan, PlanError
-from actsparse.prompts import PromptFFN, Prompts
+from actsparse.runtime.lowmemory import MappedWeights, mapped_weights, open_mapped
+from actsparse.runtime.prompts import PromptFFN, Prompts
 
 _ATTRIBUTE = "actsparse_state"
 
@@ -108,10 +109,10 @@ def load(
 ) -> Any:
     """Open a model (directory or hub id) and, if a plan is given, sparsify it; returns (model, tokenizer).
 
-    ``low_memory`` (a directory, weights as stored) keeps feed-forward weights in their files: :mod:`actsparse.lowmemory`.
+    ``low_memory`` (a directory, weights as stored) keeps feed-forward weights in their files: :mod:`.lowmemory`.
     """
-    model = open_mapped(name) if low_memory else hf.open_model(name, dtype)
-    tokenizer = hf.open_tokenizer(name)
+    model = open_mapped(name) if low_memory else opening.open_model(name, dtype)
+    tokenizer = opening.open_tokenizer(name)
     if plan is not None:
         sparsify(model, plan, **options)
     return model, tokenizer

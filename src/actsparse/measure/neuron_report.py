@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 import torch
 
-from actsparse import sites, text
 from actsparse.methods.base import MethodError
 from actsparse.methods.coreinfer import core_level, core_of, strengths
+from actsparse.models import sites, text
 from actsparse.plan import PlanError
-from actsparse.swap import restore
+from actsparse.runtime.swap import restore
 
 FIRST_POSITION = 4
 

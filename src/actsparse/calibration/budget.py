@@ -10,18 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
-from actsparse import evaluate
+from actsparse.methods.statistics import CalibrationError
+from actsparse.models.text import Windows
 from actsparse.plan import Plan
-from actsparse.statistics import CalibrationError
-from actsparse.text import Windows
 
 HIGHEST = 0.95
 # A search ends when the sparsity is known this closely.
 RESOLUTION = 1 / 256
 # Weights read is a mean over thousands of decisions a token: a few thousand tokens give it to a part in a thousand.
 READING_TOKENS = 4096
+
+
+# Of a plan: the fraction of the dense model's weight bytes read per token, and the relative increase of perplexity.
+Score = Callable[[Plan], tuple[float, float]]
+# Makes the score of plans for a dense model on windows of text; ``actsparse.measure.evaluate.scorer`` is one.
+Scorer = Callable[[Any, Windows], Score]
 
 
 class Progress(Protocol):
@@ -67,6 +70,7 @@ def search(
     solve: Callable[[float], Plan],
     windows: Windows,
     budget: Budget,
+    scorer: Scorer,
     *,
     progress: Progress | None = None,
 ) -> Found:
@@ -77,6 +81,7 @@ def search(
         solve: the plan for a sparsity.
         windows: windows of the calibration text to measure on.
         budget: what to meet.
+        scorer: what measures a plan.
         progress: called after every measurement.
 
     Raises:
@@ -85,16 +90,13 @@ def search(
     reading = budget.weights_read is not None
     rows = max(2, READING_TOKENS // int(windows.tokens.shape[1])) if reading else len(windows.tokens)
     sample = Windows(windows.tokens[:rows], windows.source, windows.domains[:rows])
-    dense: dict[str, torch.Tensor] = {}
+    score = scorer(model, sample)
     trace: list[tuple[float, float]] = []
     rounds = 2 + int(HIGHEST / RESOLUTION).bit_length()
 
     def measure(sparsity: float) -> tuple[Plan, float]:
         plan = solve(sparsity)
-        if plan.scope not in dense:
-            dense[plan.scope] = evaluate.window_losses(model, sample, plan.scope)
-        result = evaluate.compare_perplexity(model, plan, sample, dense=dense[plan.scope])
-        value = result.weights_read.fraction if reading else result.sparse.ppl / result.dense.ppl - 1
+        value = score(plan)[0 if reading else 1]
         trace.append((sparsity, value))
         if progress:
             progress(min(len(trace), rounds) * sample.count, rounds * sample.count)

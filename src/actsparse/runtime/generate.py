@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from actsparse import kernels
-from actsparse.decode import Decoder
-from actsparse.sites import ModelError
-from actsparse.swap import state_of
-from actsparse.text import TextError
+from actsparse.models.sites import ModelError
+from actsparse.models.text import TextError
+from actsparse.runtime.decode import Decoder
+from actsparse.runtime.swap import state_of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A Hugging Face layer costs about a millisecond of Python and small operations per token; for a model of a billion
 parameters that is a sixth of a token.  Here the model's own tensors are only pointed at: no weight is copied, and what
-:func:`actsparse.swap` put into the model (thresholds, predictors) is obeyed exactly as its modules would.
+:func:`actsparse.runtime.swap` put into the model (thresholds, predictors) is obeyed exactly as its modules would.
 
 Shape letters: T tokens, V vocabulary, K key/value heads, L cache length, D head dimension.
 """
@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from actsparse import kernels, sites
-from actsparse.layers import SparseFFN, SparseLinear
-from actsparse.prompts import Session
-from actsparse.sites import LayerSites, ModelError
-from actsparse.swap import state_of
+from actsparse import kernels
+from actsparse.models import sites
+from actsparse.models.sites import LayerSites, ModelError
+from actsparse.runtime.layers import SparseFFN, SparseLinear
+from actsparse.runtime.prompts import Session
+from actsparse.runtime.swap import state_of
 
 # Their frequencies change with the length of the text, so that no table made beforehand can hold them.
 _CHANGING_ROPES = ("dynamic", "longrope")

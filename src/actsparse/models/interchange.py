@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from actsparse.plan import ModelIdentity, Plan, PlanError, atomic_path
-from actsparse.statistics import SKIP_ZEROS
+from actsparse.plan import SKIP_ZEROS, ModelIdentity, Plan, PlanError, atomic_path
 
 _FILE = re.compile(r"model_(\d+)\.pt")
 _KEYS = ("fc1.weight", "fc2.weight", "fc2.bias")

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from actsparse.models.text import TextError
 from actsparse.plan import Plan, PlanError
-from actsparse.swap import restore, sparsify
-from actsparse.text import TextError
+from actsparse.runtime.swap import restore, sparsify
 
 # The tasks of the CHESS paper (arXiv:2409.01366, section 4.1), all 0-shot.
 ALIASES = {

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from actsparse import kernels
-
-# The smallest threshold that skips exact zeros and nothing that matters: ReLU's exact sparsity.
-SKIP_ZEROS = float(torch.finfo(torch.float32).tiny)
+from actsparse.plan import SKIP_ZEROS
 
 
 class CalibrationError(ValueError):

@@ -1,7 +1,7 @@
 """llama.cpp on the same shape: a random-weight GGUF file, timed in a process of its own.
 
 Of its own, because llama.cpp brings another OpenMP runtime, which beside torch's slows both down.  Run as
-``python -m actsparse.bench.peer FILE THREADS PROMPT_TOKENS NEW_TOKENS`` it times one file once.
+``python -m actsparse.measure.bench.peer FILE THREADS PROMPT_TOKENS NEW_TOKENS`` it times one file once.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def write(path: Path, config: Any, name: str) -> None:
 def measure(path: Path, *, threads: int, prompt_tokens: int, new_tokens: int) -> Timing:
     """Time one file once in a fresh process; PeerError with the last line of what went wrong."""
     arguments = [str(path), str(threads), str(prompt_tokens), str(new_tokens)]
-    command = [sys.executable, "-m", "actsparse.bench.peer", *arguments]
+    command = [sys.executable, "-m", "actsparse.measure.bench.peer", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

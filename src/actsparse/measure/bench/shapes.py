@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from actsparse.hf import DTYPES
-from actsparse.sites import ModelError
+from actsparse.models.opening import DTYPES
+from actsparse.models.sites import ModelError
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {

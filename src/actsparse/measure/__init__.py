@@ -1,0 +1,1 @@
+"""What came out: quality, tasks, comparisons of methods, speed, and their reports."""
