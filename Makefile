@@ -12,7 +12,7 @@ RUN := $(VENV)/bin
 setup: $(VENV)/.ready
 
 # The package's folders are named so that a new file installs itself.
-SOURCES := $(shell find src -type d) $(wildcard src/actsparse/kernels/csrc/*)
+SOURCES := $(shell find src -type d) $(wildcard src/actsparse/kernels/cpu/csrc/*)
 $(VENV)/.ready: pyproject.toml CMakeLists.txt $(SOURCES)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip

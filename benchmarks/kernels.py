@@ -114,8 +114,7 @@ def cases(
                 weights[i],
                 weights[(i + 1) % count],
                 weights[(i + 2) % count].T,
-                activation="silu",
-                gate_threshold=threshold,
+                kernels.Rules("silu", gate_threshold=threshold),
             )
             for threshold in thresholds
         ]
@@ -144,7 +143,7 @@ def cases(
     def ffn_oracle(i: int) -> Tensor:
         gate, up, down = (weights[(3 * i + k) % count] for k in range(3))
         threshold = thresholds[i % KEPT_SETS]
-        return kernels.reference.gated_ffn(x_hidden, gate, up, down.T, activation="silu", gate_threshold=threshold)
+        return kernels.reference.gated_ffn(x_hidden, gate, up, down.T, kernels.Rules("silu", gate_threshold=threshold))
 
     return [
         ("columns", columns, y_hidden, kept * row, columns_oracle),

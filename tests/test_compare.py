@@ -14,8 +14,11 @@ from actsparse.cli import main
 from actsparse.measure import compare as engine
 from actsparse.measure import report
 from actsparse.measure.bench.run import Settings
-from actsparse.measure.compare import Grid, compare, load, markdown, measure_speed, variant_of
+from actsparse.measure.compare import compare, measure_speed
 from actsparse.measure.evaluate import compare_perplexity
+from actsparse.measure.grid import Grid, variant_of
+from actsparse.measure.results import load
+from actsparse.measure.table import markdown
 from actsparse.methods.base import MethodError
 from actsparse.methods.statistics import CalibrationError
 from actsparse.models.text import TextError

@@ -150,13 +150,13 @@ def test_skipped_weights_are_not_read(method: str, model_for: Any, calibrate: An
                 weights = {name: module.projection(name).weight for name in ("gate", "up", "down")}
                 x = torch.randn(1, weights["up"].shape[1])
                 before = module(x)
-                arguments = module.arguments()
-                read = kernels.reference.ffn_keep(x, weights["gate"], weights["up"], **arguments)
+                rules = module.rules()
+                read = kernels.reference.ffn_keep(x, weights["gate"], weights["up"], rules)
                 by_input = {"gate": "gate_in_threshold", "up": "up_in_threshold"}
                 for name, weight in weights.items():
                     if name not in read:
                         continue  # read whole
-                    columns = name == "down" or arguments[by_input[name]] is not None
+                    columns = name == "down" or getattr(rules, by_input[name]) is not None
                     poisoned += poison(weight, read[name], columns=columns)
             after = module(x)
         assert torch.isfinite(after).all()

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, LlamaForCausalLM, MistralConfig, Mistra
 
 from actsparse import kernels, restore, sparsify
 from actsparse.calibration.collect import Calibration, calibrate
-from actsparse.kernels import portable, reference
+from actsparse.kernels import Rules, portable, reference
 from actsparse.measure.predictor_report import measure
 from actsparse.methods import make
 from actsparse.methods.base import MethodError, Targets
@@ -475,9 +475,9 @@ def test_rows_that_are_not_needed_are_not_read(executor: str, dtype: torch.dtype
         dtype, gated=kind != "plain", up_activation="relu" if kind == "drelu" else "identity", rows=rows
     )
     with torch.no_grad():
-        expected = reference.gated_ffn(x, gate, up, down, **options)
+        expected = reference.gated_ffn(x, gate, up, down, Rules(**options))
         read = reference.ffn_keep(
-            x.float(), None if gate is None else gate.float(), up.float(), **options_in_float(options)
+            x.float(), None if gate is None else gate.float(), up.float(), Rules(**options_in_float(options))
         )
         used = {name: mask.any(0) for name, mask in read.items()}
         assert 0 < int(used["down"].sum()) < int(used["gate" if gate is not None else "up"].sum()) < 150
@@ -487,7 +487,7 @@ def test_rows_that_are_not_needed_are_not_read(executor: str, dtype: torch.dtype
                 weight[~used[name]] = torch.nan
         columns = down.t().clone()
         columns[~used["down"]] = torch.nan
-        found = EXECUTORS[executor](x, *poisoned, columns.t(), **options)
+        found = EXECUTORS[executor](x, *poisoned, columns.t(), Rules(**options))
     torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -514,8 +514,8 @@ def test_portable_executor_has_the_kernels_semantics(rules: str) -> None:
             "up_in_threshold": torch.full((40,), 0.2),
             "value_threshold": torch.full((150,), 0.05),
         }
-    expected = reference.gated_ffn(x, gate, up, down, **options)
-    torch.testing.assert_close(portable.gated_ffn(x, gate, up, down, **options), expected, rtol=1e-5, atol=1e-5)
+    expected = reference.gated_ffn(x, gate, up, down, Rules(**options))
+    torch.testing.assert_close(portable.gated_ffn(x, gate, up, down, Rules(**options)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_portable_linear_reads_kept_columns_only() -> None:
@@ -538,7 +538,7 @@ def test_devices_without_kernels_gather(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(kernels, "NOT_PORTABLE", frozenset())
     assert kernels.path_for(x, gate) == "portable"
     assert kernels.path_for(x.float(), gate.float()).startswith("cpu-")
-    gate[~reference.ffn_keep(x, gate, up, **options)["gate"].any(0)] = torch.nan
+    gate[~reference.ffn_keep(x, gate, up, Rules(**options))["gate"].any(0)] = torch.nan
     torch.testing.assert_close(kernels.gated_ffn(x, gate, up, down, **options), before)
 
 

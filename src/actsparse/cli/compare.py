@@ -11,7 +11,7 @@ from actsparse.cli.terminal import add_model_arguments, positive, progress_bar, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    from actsparse.measure.compare import VARIANTS, Grid
+    from actsparse.measure.grid import VARIANTS, Grid
     from actsparse.methods import METHODS
 
     add_model_arguments(parser)
@@ -48,11 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Compare, and say where the results are."""
-    from actsparse.measure import compare, report
+    from actsparse.measure import compare, report, table
+    from actsparse.measure.grid import Grid
     from actsparse.models import opening
     from actsparse.runtime.decode import Decoder
 
-    grid = compare.Grid(
+    grid = Grid(
         methods=[name for name in options.methods.split(",") if name],
         sparsities=options.sparsity,
         text=options.text,
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         else:
             _say(f"no tokens/s: {obstacle}")
     page = report.write(directory, results)
-    print(compare.markdown(results))
+    print(table.markdown(results))
     print(f"wrote {page}")
 
 

@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Make the table, the plots and the page anew."""
-    from actsparse.measure import compare, report
+    from actsparse.measure import report, results
 
     report.check_plotting()
     directory = Path(options.directory)
-    print(f"wrote {report.write(directory, compare.load(directory))}")
+    print(f"wrote {report.write(directory, results.load(directory))}")

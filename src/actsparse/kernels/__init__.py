@@ -41,9 +41,10 @@ from .cpu import (
     stats,
     use_huge_pages,
 )
+from .rules import NAMES, Rules
 
 __all__ = [
-    "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "available_isas", "channel_statistics",
+    "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "Rules", "available_isas", "channel_statistics",
     "core_statistics",
     "decode_step", "decoder_of", "explain", "ffn_of", "gated_ffn", "isa", "layer_of", "linear", "matrix_of", "norm_of",
     "path_for", "portable", "read_bandwidth", "reference", "reset_stats", "select_isa", "stats", "use_huge_pages",
@@ -161,7 +162,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Ten
 # ---- feed-forward block ----------------------------------------------------------------------------------------------
 
 
-def _check_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, vectors: dict[str, Any]) -> None:
+def _check_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> None:
     if up.dim() != 2 or down.dim() != 2 or (gate is not None and gate.dim() != 2):
         raise ValueError("gate, up and down must have two dimensions")
     neurons, hidden = up.shape
@@ -171,68 +172,36 @@ def _check_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, vectors
         raise ValueError(f"gate has shape {tuple(gate.shape)}, up {tuple(up.shape)}")
     if down.shape[1] != neurons:
         raise ValueError(f"down has shape {tuple(down.shape)}, expected (H, {neurons})")
-    for name in ("activation", "up_activation"):
-        cpu.activation_code(vectors[name])
-    a, b = vectors["predictor_a"], vectors["predictor_b"]
-    if (a is None) != (b is None):
-        raise ValueError("predictor_a and predictor_b come together")
-    if a is not None and (a.dim() != 2 or b.dim() != 2 or a.shape[1] != hidden or b.shape != (neurons, a.shape[0])):
-        raise ValueError(
-            f"predictor_a {tuple(a.shape)} and predictor_b {tuple(b.shape)}: expected (R, {hidden}) and ({neurons}, R)"
-        )
-    sizes = {
-        "gate_bias": neurons, "up_bias": neurons, "down_bias": down.shape[0], "gate_in_threshold": hidden,
-        "up_in_threshold": hidden, "gate_threshold": neurons, "value_threshold": neurons, "mean": neurons,
-        "predictor_bias": neurons,
-    }  # fmt: skip
-    for name, size in sizes.items():
-        vector = vectors[name]
-        if vector is not None and vector.shape != (size,):
-            raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected ({size},)")
-    index = vectors["neurons"]
+    cpu.activation_code(rules.activation)
+    cpu.activation_code(rules.up_activation)
+    rules.check(neurons, hidden, down.shape[0])
+    index = rules.neurons
     if index is not None and (index.dim() != 1 or index.dtype != torch.int32):
         raise ValueError(f"neurons must be int32 [count], got {index.dtype} {tuple(index.shape)}")
 
 
-def _ffn_reference(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, options: dict[str, Any]) -> Tensor:
-    _check_ffn(x, gate, up, down, options)
+def _ffn_reference(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> Tensor:
+    _check_ffn(x, gate, up, down, rules)
     if _gathers(x):
-        return portable.gated_ffn(x, gate, up, down, **options)
+        return portable.gated_ffn(x, gate, up, down, rules)
     compute = reference.gated_ffn_masked if _rows(x) > MAX_BATCH else reference.gated_ffn
-    return compute(x, gate, up, down, **options)
+    return compute(x, gate, up, down, rules)
 
 
-def _ffn_cpu(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, options: dict[str, Any]) -> Tensor:
-    if _obstacle(x, (gate, up, down, options["predictor_a"], options["predictor_b"])):
-        return _ffn_reference(x, gate, up, down, options)
-    _check_ffn(x, gate, up, down, options)
-    return cpu.gated_ffn(x, ffn_of(gate, up, down, **options))
+def _ffn_cpu(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> Tensor:
+    if _obstacle(x, (gate, up, down, rules.predictor_a, rules.predictor_b)):
+        return _ffn_reference(x, gate, up, down, rules)
+    _check_ffn(x, gate, up, down, rules)
+    return cpu.gated_ffn(x, ffn_of(gate, up, down, rules))
 
 
 def gated_ffn(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    *,
-    activation: str,
-    up_activation: str = "identity",
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    gate_in_threshold: Tensor | None = None,
-    up_in_threshold: Tensor | None = None,
-    gate_threshold: Tensor | None = None,
-    value_threshold: Tensor | None = None,
-    mean: Tensor | None = None,
-    predictor_a: Tensor | None = None,
-    predictor_b: Tensor | None = None,
-    predictor_bias: Tensor | None = None,
-    neurons: Tensor | None = None,
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules | None = None, **options: Any
 ) -> Tensor:
     """One feed-forward block that computes only the neurons it needs.
 
-    x [..., H]; gate and up logical [N, H], down logical [H, N] (stored transposed, [N, H], so that a neuron is contiguous)::
+    x [..., H]; gate and up logical [N, H], down logical [H, N] (stored transposed, [N, H], so that a neuron is contiguous);
+    ``options`` are the attributes of :class:`Rules` where no ``rules`` are given::
 
         candidates  every neuron, those in ``neurons`` (int32, ascending), those with predictor_b (predictor_a x) +
                     predictor_bias > 0 (a [R, H], b [N, R]), or both conditions
@@ -241,32 +210,18 @@ def gated_ffn(
         kept        candidates with not |g| < gate_threshold [N] and not |g u| < value_threshold [N]
         y           down_bias + sum over kept neurons of (g u - mean) down[:, neuron], mean [N]
 
-    With gate None the block is plain: g = activation(up x + up_bias) and u is 1. Vectors are float32, biases may be any
-    float type. Gate or up stored transposed (columns layout) skip dropped inputs instead of neurons. Several rows share
-    one reading of the union of what they keep, each with exactly its own mask. Returns [..., H] in x's type. Raises
-    ValueError when shapes do not fit or an activation is unknown.
+    With gate None the block is plain: g = activation(up x + up_bias) and u is 1. Gate or up stored transposed (columns
+    layout) skip dropped inputs instead of neurons. Several rows share one reading of the union of what they keep, each with
+    exactly its own mask. Returns [..., H] in x's type. Raises ValueError when shapes do not fit or an activation is unknown.
     """
-    args = (
-        x, gate, up, down, activation, up_activation, gate_bias, up_bias, down_bias, gate_in_threshold, up_in_threshold,
-        gate_threshold, value_threshold, mean, predictor_a, predictor_b, predictor_bias, neurons,
-    )  # fmt: skip
-    if torch.compiler.is_compiling():
-        if x.device.type == "cpu":
-            return torch.ops.actsparse.gated_ffn(*args)
-        return _ffn_reference(x, gate, up, down, _options(args))
-    if type(x) is Tensor and _get_current_dispatch_mode() is None:
-        return _ffn_cpu(x, gate, up, down, _options(args))
-    return torch.ops.actsparse.gated_ffn(*args)
-
-
-_OPTIONS = (
-    "activation", "up_activation", "gate_bias", "up_bias", "down_bias", "gate_in_threshold", "up_in_threshold",
-    "gate_threshold", "value_threshold", "mean", "predictor_a", "predictor_b", "predictor_bias", "neurons",
-)  # fmt: skip
-
-
-def _options(args: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(_OPTIONS, args[4:], strict=True))
+    if rules is None:
+        rules = Rules(**options)
+    if not torch.compiler.is_compiling():
+        if type(x) is Tensor and _get_current_dispatch_mode() is None:
+            return _ffn_cpu(x, gate, up, down, rules)
+    elif x.device.type != "cpu":
+        return _ffn_reference(x, gate, up, down, rules)
+    return torch.ops.actsparse.gated_ffn(x, gate, up, down, *rules.values())
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -276,7 +231,7 @@ _library = torch.library.Library("actsparse", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? threshold=None) -> Tensor")
 _library.define(
     "gated_ffn(Tensor x, Tensor? gate, Tensor up, Tensor down, str activation, str up_activation, "
-    + ", ".join(f"Tensor? {name}" for name in _OPTIONS[2:])
+    + ", ".join(f"Tensor? {name}" for name in NAMES[2:])
     + ") -> Tensor"
 )
 
@@ -295,17 +250,17 @@ def _linear_autograd(x: Tensor, weight: Tensor, bias: Tensor | None = None, thre
 
 def _ffn_op_cpu(*args: Any) -> Tensor:
     x, gate, up, down = args[:4]
-    return _ffn_cpu(x, gate, up, down, _options(args))
+    return _ffn_cpu(x, gate, up, down, Rules(*args[4:]))
 
 
 def _ffn_op_reference(*args: Any) -> Tensor:
     x, gate, up, down = args[:4]
-    return _ffn_reference(x, gate, up, down, _options(args))
+    return _ffn_reference(x, gate, up, down, Rules(*args[4:]))
 
 
 def _ffn_fake(*args: Any) -> Tensor:
     x, gate, up, down = args[:4]
-    _check_ffn(x, gate, up, down, _options(args))
+    _check_ffn(x, gate, up, down, Rules(*args[4:]))
     return x.new_empty((*x.shape[:-1], down.shape[0]))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .reference import ACTIVATIONS, keep
+from .rules import Rules
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Tensor | None = None) -> Tensor:
@@ -27,64 +28,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Ten
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def gated_ffn(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    *,
-    activation: str,
-    up_activation: str = "identity",
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    gate_in_threshold: Tensor | None = None,
-    up_in_threshold: Tensor | None = None,
-    gate_threshold: Tensor | None = None,
-    value_threshold: Tensor | None = None,
-    mean: Tensor | None = None,
-    predictor_a: Tensor | None = None,
-    predictor_b: Tensor | None = None,
-    predictor_bias: Tensor | None = None,
-    neurons: Tensor | None = None,
-) -> Tensor:
-    """One feed-forward block; see :func:`actsparse.kernels.gated_ffn` for every argument's meaning.
+def gated_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> Tensor:
+    """One feed-forward block; see :func:`actsparse.kernels.gated_ffn`.
 
     Computed in x's own type.  Several rows share one gathering of the union of what they keep, each under its own mask.
     Input thresholds change the result as they should but save no reading here.
     """
     rows = x.reshape(-1, x.shape[-1])
-    chosen = None if neurons is None else neurons.long()
+    chosen = None if rules.neurons is None else rules.neurons.long()
     allowed: Tensor | None = None
-    if predictor_a is not None and predictor_b is not None:
-        score = _product(_product(rows, predictor_a, None), predictor_b, predictor_bias)
+    if rules.predictor_a is not None and rules.predictor_b is not None:
+        score = _product(_product(rows, rules.predictor_a, None), rules.predictor_b, rules.predictor_bias)
         allowed = _only(~(score <= 0), 1, chosen)  # NaN counts as active
         chosen, allowed = _narrow(chosen, allowed)
 
-    gate_in = rows if gate_in_threshold is None else torch.where(keep(rows, gate_in_threshold), rows, 0.0)
-    up_in = rows if up_in_threshold is None else torch.where(keep(rows, up_in_threshold), rows, 0.0)
-    first, first_in, first_bias = (up, up_in, up_bias) if gate is None else (gate, gate_in, gate_bias)
-    g = ACTIVATIONS[activation](_product(first_in, _only(first, 0, chosen), _only_bias(first_bias, chosen)))
-    if gate_threshold is not None:
-        passes = keep(g, _only(gate_threshold, 0, chosen))
+    gate_in = rows if rules.gate_in_threshold is None else torch.where(keep(rows, rules.gate_in_threshold), rows, 0.0)
+    up_in = rows if rules.up_in_threshold is None else torch.where(keep(rows, rules.up_in_threshold), rows, 0.0)
+    first, first_in, first_bias = (up, up_in, rules.up_bias) if gate is None else (gate, gate_in, rules.gate_bias)
+    g = ACTIVATIONS[rules.activation](_product(first_in, _only(first, 0, chosen), _only_bias(first_bias, chosen)))
+    if rules.gate_threshold is not None:
+        passes = keep(g, _only(rules.gate_threshold, 0, chosen))
         allowed = passes if allowed is None else allowed & passes
         chosen, allowed, g = _narrow(chosen, allowed, g)
 
     value = g
     if gate is not None:
-        value = g * ACTIVATIONS[up_activation](_product(up_in, _only(up, 0, chosen), _only_bias(up_bias, chosen)))
-    if value_threshold is not None:
-        passes = keep(value, _only(value_threshold, 0, chosen))
+        value = g * ACTIVATIONS[rules.up_activation](
+            _product(up_in, _only(up, 0, chosen), _only_bias(rules.up_bias, chosen))
+        )
+    if rules.value_threshold is not None:
+        passes = keep(value, _only(rules.value_threshold, 0, chosen))
         allowed = passes if allowed is None else allowed & passes
         chosen, allowed, value = _narrow(chosen, allowed, value)
-    if mean is not None:
-        value = value - _only(mean, 0, chosen).to(value.dtype)
+    if rules.mean is not None:
+        value = value - _only(rules.mean, 0, chosen).to(value.dtype)
     if allowed is not None:
         value = torch.where(allowed, value, 0.0)
     # Column-wise storage of down is row-wise storage of its transpose: what is gathered lies together.
     y = value @ _only(down.T, 0, chosen)
-    if down_bias is not None:
-        y = y + down_bias.to(y.dtype)
+    if rules.down_bias is not None:
+        y = y + rules.down_bias.to(y.dtype)
     return y.reshape(*x.shape[:-1], down.shape[0])
 
 

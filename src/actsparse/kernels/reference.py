@@ -11,11 +11,12 @@ kernel would never read does take part here, multiplied by zero.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .rules import Rules
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -55,98 +56,22 @@ def linear_masked(x: Tensor, weight: Tensor, bias: Tensor | None = None, thresho
     return _product(x, weight, bias, threshold, x.dtype)
 
 
-def _ffn_values(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    compute: torch.dtype,
-    *,
-    activation: str,
-    up_activation: str = "identity",
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    gate_in_threshold: Tensor | None = None,
-    up_in_threshold: Tensor | None = None,
-    gate_threshold: Tensor | None = None,
-    value_threshold: Tensor | None = None,
-    mean: Tensor | None = None,
-    predictor_a: Tensor | None = None,
-    predictor_b: Tensor | None = None,
-    predictor_bias: Tensor | None = None,
-    neurons: Tensor | None = None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """What goes into down [..., candidates], and who passes the predictor, then the gate threshold, then the last one.
-
-    Each later mask includes the earlier ones; None stands for "everyone".
-    """
-    candidate = None
-    if predictor_a is not None and predictor_b is not None:
-        score = _product(_product(x, predictor_a, None, None, compute), predictor_b, predictor_bias, None, compute)
-        candidate = ~(score <= 0)  # NaN counts as active
-    if neurons is not None:
-        # A fixed set is a smaller dense block.
-        def pick(t: Tensor | None, dim: int = 0) -> Tensor | None:
-            return None if t is None else t.index_select(dim, neurons)
-
-        gate, gate_bias, up_bias = pick(gate), pick(gate_bias), pick(up_bias)
-        gate_threshold, value_threshold, mean = pick(gate_threshold), pick(value_threshold), pick(mean)
-        up = up.index_select(0, neurons)
-        candidate = pick(candidate, -1)
-
-    u = _product(x, up, up_bias, up_in_threshold, compute)
-    if gate is None:
-        g = ACTIVATIONS[activation](u)
-        value = g
-    else:
-        g = ACTIVATIONS[activation](_product(x, gate, gate_bias, gate_in_threshold, compute))
-        value = g * ACTIVATIONS[up_activation](u)
-
-    masks = [candidate]
-    for decided, threshold in ((g, gate_threshold), (value, value_threshold)):
-        before = masks[-1]
-        if threshold is None:
-            masks.append(before)
-        else:
-            mask = keep(decided, threshold)
-            masks.append(mask if before is None else before & mask)
-    if mean is not None:
-        value = value - mean.to(compute)
-    if masks[-1] is not None:
-        value = torch.where(masks[-1], value, 0.0)
-    return value, masks
-
-
 def _decide(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    compute: torch.dtype,
-    *,
-    activation: str,
-    up_activation: str = "identity",
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    gate_in_threshold: Tensor | None = None,
-    up_in_threshold: Tensor | None = None,
-    gate_threshold: Tensor | None = None,
-    value_threshold: Tensor | None = None,
-    predictor_a: Tensor | None = None,
-    predictor_b: Tensor | None = None,
-    predictor_bias: Tensor | None = None,
+    x: Tensor, gate: Tensor | None, up: Tensor, rules: Rules, compute: torch.dtype
 ) -> tuple[Tensor, list[Tensor | None]]:
     """g u of every neuron, and who is left after the predictor, after the gate, after the value (None: everyone)."""
     left: list[Tensor | None] = [None]
-    if predictor_a is not None and predictor_b is not None:
-        score = _product(_product(x, predictor_a, None, None, compute), predictor_b, predictor_bias, None, compute)
+    if rules.predictor_a is not None and rules.predictor_b is not None:
+        score = _product(x, rules.predictor_a, None, None, compute)
+        score = _product(score, rules.predictor_b, rules.predictor_bias, None, compute)
         left[0] = ~(score <= 0)  # NaN counts as active
-    u = _product(x, up, up_bias, up_in_threshold, compute)
+    u = _product(x, up, rules.up_bias, rules.up_in_threshold, compute)
     if gate is None:
-        value = g = ACTIVATIONS[activation](u)
+        value = g = ACTIVATIONS[rules.activation](u)
     else:
-        g = ACTIVATIONS[activation](_product(x, gate, gate_bias, gate_in_threshold, compute))
-        value = g * ACTIVATIONS[up_activation](u)
-    for decided, threshold in ((g, gate_threshold), (value, value_threshold)):
+        g = ACTIVATIONS[rules.activation](_product(x, gate, rules.gate_bias, rules.gate_in_threshold, compute))
+        value = g * ACTIVATIONS[rules.up_activation](u)
+    for decided, threshold in ((g, rules.gate_threshold), (value, rules.value_threshold)):
         before = left[-1]
         if threshold is None:
             left.append(before)
@@ -156,56 +81,42 @@ def _decide(
 
 
 def _ffn(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    compute: torch.dtype,
-    *,
-    down_bias: Tensor | None = None,
-    mean: Tensor | None = None,
-    neurons: Tensor | None = None,
-    **options: Any,
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules, compute: torch.dtype
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The block's output, and the masks of :func:`_decide` over the neurons of the set."""
-    if neurons is not None:
+    if rules.neurons is not None:
         # A fixed set is a smaller dense block.
-        def pick(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.index_select(0, neurons)
-
-        gate, up, mean, down = pick(gate), up.index_select(0, neurons), pick(mean), down.index_select(1, neurons)
-        options = {name: pick(value) if name in _PER_NEURON else value for name, value in options.items()}
-    value, left = _decide(x, gate, up, compute, **options)
-    if mean is not None:
-        value = value - mean.to(compute)
+        chosen = rules.neurons
+        gate, up = None if gate is None else gate.index_select(0, chosen), up.index_select(0, chosen)
+        down, rules = down.index_select(1, chosen), rules.of_neurons()
+    value, left = _decide(x, gate, up, rules, compute)
+    if rules.mean is not None:
+        value = value - rules.mean.to(compute)
     if left[-1] is not None:
         value = torch.where(left[-1], value, 0.0)
-    return _product(value, down, down_bias, None, compute).to(x.dtype), left
+    return _product(value, down, rules.down_bias, None, compute).to(x.dtype), left
 
 
-_PER_NEURON = ("gate_bias", "up_bias", "gate_threshold", "value_threshold", "predictor_b", "predictor_bias")
-
-
-def gated_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, **options: Any) -> Tensor:
+def gated_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> Tensor:
     """One feed-forward block; arguments and meaning as in :func:`actsparse.kernels.gated_ffn`."""
-    return _ffn(x, gate, up, down, _wide(x), **options)[0]
+    return _ffn(x, gate, up, down, rules, _wide(x))[0]
 
 
-def gated_ffn_masked(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, **options: Any) -> Tensor:
+def gated_ffn_masked(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> Tensor:
     """As :func:`gated_ffn`, computed in x's own type."""
-    return _ffn(x, gate, up, down, x.dtype, **options)[0]
+    return _ffn(x, gate, up, down, rules, x.dtype)[0]
 
 
 def gated_ffn_metered(
-    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, **options: Any
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`gated_ffn_masked` and :func:`ffn_keep` in one go, at the price of the first; not for a set of neurons."""
-    y, left = _ffn(x, gate, up, down, x.dtype, **options)
-    return y, _masks(x, gate, left, options)
+    y, left = _ffn(x, gate, up, down, rules, x.dtype)
+    return y, _masks(x, gate, left, rules)
 
 
-def _masks(x: Tensor, gate: Tensor | None, left: list[Tensor | None], options: dict[str, Any]) -> dict[str, Tensor]:
-    gate_inputs, up_inputs = (options.get(name) for name in ("gate_in_threshold", "up_in_threshold"))
+def _masks(x: Tensor, gate: Tensor | None, left: list[Tensor | None], rules: Rules) -> dict[str, Tensor]:
+    gate_inputs, up_inputs = rules.gate_in_threshold, rules.up_in_threshold
     masks = {
         "gate": left[0] if gate_inputs is None else keep(x, gate_inputs),
         "up": left[1] if up_inputs is None else keep(x, up_inputs),
@@ -219,27 +130,18 @@ def _masks(x: Tensor, gate: Tensor | None, left: list[Tensor | None], options: d
     return {name: mask for name, mask in masks.items() if mask is not None}
 
 
-def ffn_keep(
-    x: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    *,
-    down_bias: Tensor | None = None,
-    mean: Tensor | None = None,
-    neurons: Tensor | None = None,
-    **options: Any,
-) -> dict[str, Tensor]:
-    """What a block reads of its matrices, as masks that are True where read; arguments as :func:`gated_ffn` without down.
+def ffn_keep(x: Tensor, gate: Tensor | None, up: Tensor, rules: Rules) -> dict[str, Tensor]:
+    """What a block reads of its matrices, as masks that are True where read.
 
     "gate" and "up" are [..., H] over inputs where an input threshold decides and [..., N] over neurons elsewhere; "ffn"
     [..., N] are the neurons that pass set, predictor and gate threshold; "down" [..., N] those that also pass the value
     threshold. A matrix that no rule touches is left out.
     """
-    _, left = _decide(x, gate, up, x.dtype, **options)
-    if neurons is not None:
-        member = torch.zeros(up.shape[0], dtype=torch.bool, device=x.device).index_fill_(0, neurons.long(), True)
+    _, left = _decide(x, gate, up, rules, x.dtype)
+    if rules.neurons is not None:
+        member = torch.zeros(up.shape[0], dtype=torch.bool, device=x.device).index_fill_(0, rules.neurons.long(), True)
         left = [member.expand(*x.shape[:-1], -1) if mask is None else mask & member for mask in left]
-    return _masks(x, gate, left, options)
+    return _masks(x, gate, left, rules)
 
 
 def core_statistics(x: Tensor, count: int, share: float, *, positive: bool) -> tuple[Tensor, Tensor, Tensor]:

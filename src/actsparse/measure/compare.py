@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from actsparse.calibration.allocation import allocate
-from actsparse.calibration.collect import Calibration, check_sparsity, load_calibration_windows
+from actsparse.calibration.collect import Calibration, load_calibration_windows
 from actsparse.measure import evaluate
-from actsparse.methods import METHODS, Method, MethodError, make
+from actsparse.measure.grid import Grid, cell_name, variant_of
+from actsparse.measure.results import Results, check_folder, read, write
+from actsparse.methods import Method, make
 from actsparse.methods.base import Calibrated, Targets
 from actsparse.models import text
 from actsparse.models.text import TextError, Windows
-from actsparse.plan import SCOPES, Plan, PlanError, atomic_path
+from actsparse.plan import Plan, PlanError
 
 # Raise it when a cell's content changes for the same inputs.
 _PROTOCOL = 1
@@ -37,105 +37,6 @@ class Progress(Protocol):
     """Told now and then how many tokens are done, of how many."""
 
     def __call__(self, done: int, total: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the grid: a method with its settings and the allocation of its sparsity."""
-
-    method: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    allocation: str = "uniform"
-
-
-# Names for what papers compare but what is one method here; every method's own name is a variant too.
-VARIANTS = {
-    "chess-ffn": Variant("chess", {"attention": False}),
-    "chess-rms": Variant("chess", {"statistic": "rms"}),
-    "chess-greedy": Variant("chess", allocation="greedy"),
-    "teal-greedy": Variant("teal", allocation="greedy"),
-    "wina-greedy": Variant("wina", allocation="greedy"),
-}
-
-
-def variant_of(name: str) -> Variant:
-    """The variant ``name``; MethodError, listing what is known, for any other."""
-    if name in VARIANTS:
-        return VARIANTS[name]
-    if name not in METHODS:
-        raise MethodError(f"method {name!r} is unknown: expected one of {', '.join([*METHODS, *VARIANTS])}")
-    return Variant(name)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What to compare, and on what.
-
-    Attributes:
-        methods: names of variants; ``dense`` is always there.
-        sparsities: targets for each.
-        text: calibration text.
-        evaluation_text: what is scored; None holds back the end of ``text``.
-        tokens: calibration tokens.
-        evaluation_tokens: scored tokens.
-        window: calibration window, None for 1024 or the model's context.
-        evaluation_window: length of an evaluation window.
-        scope: which tokens are sparsified and scored.
-        tasks: tasks of lm-evaluation-harness to run in every cell, perhaps none.
-        tasks_folder: where more task files are.
-        limit: documents per task.
-    """
-
-    methods: Sequence[str]
-    sparsities: Sequence[float]
-    text: str
-    evaluation_text: str | None = None
-    tokens: int = 65536
-    evaluation_tokens: int = 20480
-    window: int | None = None
-    evaluation_window: int = 512
-    scope: str = "all"
-    tasks: Sequence[str] = ()
-    tasks_folder: str | None = None
-    limit: int | None = None
-
-    def check(self) -> None:
-        """Refuse what can be refused before a model is read."""
-        check_sparsity(list(self.sparsities))
-        if self.scope not in SCOPES:
-            raise PlanError(f"scope {self.scope!r} is unknown: expected one of {', '.join(SCOPES)}")
-        for name in self.methods:
-            variant = variant_of(name)
-            method = make(variant.method, **variant.settings)
-            if variant.allocation != "uniform" and not method.sites:
-                raise MethodError(f"method {name} has no sites to allocate over")
-            if (method.packing, method.window) != (Method.packing, Method.window) and self.evaluation_text is None:
-                raise TextError(f"method {name} cuts the text in its own way: expected --evaluation-text with it")
-
-    def scope_of(self, name: str) -> str:
-        """The scope a variant is scored under: the grid's, unless its method knows only others."""
-        scopes = METHODS[variant_of(name).method].scopes
-        return self.scope if self.scope in scopes else scopes[0]
-
-    def cells(self) -> list[tuple[str, float]]:
-        """(variant, sparsity) of every cell, the dense one first."""
-        rest = [(name, float(s)) for name in dict.fromkeys(self.methods) if name != "dense" for s in self.sparsities]
-        return [("dense", 0.0), *rest]
-
-
-@dataclass
-class Results:
-    """A grid's documents, as :func:`load` reads them.
-
-    Attributes:
-        about: model, texts, scope and versions.
-        cells: one document per cell, in the grid's order; see :func:`compare`.
-        speed: tokens per second by cell name; empty when none was measured.
-    """
-
-    about: dict[str, Any]
-    cells: list[dict[str, Any]]
-    speed: dict[str, Any]
 
 
 def compare(
@@ -165,7 +66,7 @@ def compare(
         MethodError, TextError, ModelError, CalibrationError, PlanError: with one line that names what was wrong.
     """
     grid.check()
-    _check_folder(directory)
+    check_folder(directory)
     tasks = _tasks(grid)
     run = _Run(model, tokenizer, grid, directory, tasks, progress)
     run.solve_plans()
@@ -185,47 +86,8 @@ def compare(
         "limit": grid.limit,
         "cells": [cell_name(*cell) for cell in grid.cells()],
     }
-    _write(directory / "about.json", about)
-    return Results(about, cells, _read(directory / "speed.json") or {})
-
-
-def load(directory: Path) -> Results:
-    """What :func:`compare` left in ``directory``; PlanError when that is not a comparison."""
-    about = _read(directory / "about.json")
-    if about is None:
-        raise PlanError(f"{directory} holds no comparison (no about.json): expected the folder of actsparse compare")
-    if not _is_about(about):
-        raise PlanError(f"{directory}/about.json is not of a comparison: expected the folder of actsparse compare")
-    cells = []
-    for cell in about["cells"]:
-        document = _read(directory / "cells" / f"{cell}.json")
-        if document is None:
-            raise PlanError(f"{directory} lacks cells/{cell}.json: run actsparse compare again to complete it")
-        cells.append(document)
-    return Results(about, cells, _read(directory / "speed.json") or {})
-
-
-def _is_about(about: dict[str, Any]) -> bool:
-    cells = about.get("cells")
-    return "fingerprint" in about and isinstance(cells, list) and all(isinstance(cell, str) for cell in cells)
-
-
-def _check_folder(directory: Path) -> None:
-    """PlanError when ``directory`` holds files of our names that are not of a comparison: they would be overwritten."""
-    about = _read(directory / "about.json")
-    ours = (
-        about is not None and _is_about(about)
-        if (directory / "about.json").exists()
-        else (directory / "plans").is_dir()
-    )
-    taken = [name for name in _WRITTEN if (directory / name).exists()]
-    if taken and not ours:
-        raise PlanError(
-            f"{directory} holds other files ({taken[0]}): expected a new folder or that of an earlier comparison"
-        )
-
-
-_WRITTEN = ("about.json", "cells", "table.md", "report.html", "quality.svg", "sparsity.svg", "speed.svg", "speed.json")
+    write(directory / "about.json", about)
+    return Results(about, cells, read(directory / "speed.json") or {})
 
 
 def measure_speed(model: Any, directory: Path, results: Results, settings: Any, *, say: Callable[[str], None]) -> None:
@@ -260,12 +122,7 @@ def measure_speed(model: Any, directory: Path, results: Results, settings: Any, 
         "hf": next(row for row in rows if row["name"] == "hf-eager"),
         "cells": by_cell,
     }
-    _write(directory / "speed.json", results.speed)
-
-
-def cell_name(variant: str, sparsity: float) -> str:
-    """The name of a cell's files."""
-    return variant if variant == "dense" else f"{variant}-{sparsity:g}"
+    write(directory / "speed.json", results.speed)
 
 
 @dataclass(frozen=True)
@@ -296,7 +153,7 @@ class _Run:
         self._cells = grid.cells()
         self._plan_keys = {cell_name(*cell): self._plan_key(*cell) for cell in self._cells}
         self._cell_keys = {cell_name(*cell): self._cell_key(*cell) for cell in self._cells}
-        known = _read(directory / "plans" / "keys.json") or {}
+        known = read(directory / "plans" / "keys.json") or {}
         self._solved = {cell: key for cell, key in known.items() if self._plan_path(cell).is_file()}
         self._open = [cell for cell in self._cells if not self._is_done(cell_name(*cell))]
         self._unsolved = [cell for cell in self._open if not self._is_solved(cell_name(*cell))]
@@ -339,10 +196,10 @@ class _Run:
                 if scope not in dense:
                     dense[scope] = self._dense_losses(scope)
                 document = self._evaluate(*cell, dense[scope])
-                _write(path, document)
+                write(path, document)
                 self._done += self.evaluation.count
                 self._tick(0)
-            documents.append(_read(path) or {})
+            documents.append(read(path) or {})
         return documents
 
     def _solve(
@@ -365,7 +222,7 @@ class _Run:
             cell = cell_name(variant, sparsity)
             plan.save(self._plan_path(cell))
             self._solved[cell] = self._plan_keys[cell]
-            _write(self._directory / "plans" / "keys.json", self._solved)
+            write(self._directory / "plans" / "keys.json", self._solved)
 
     def _evaluate(self, variant: str, sparsity: float, dense: torch.Tensor) -> dict[str, Any]:
         name = cell_name(variant, sparsity)
@@ -404,14 +261,14 @@ class _Run:
         """The dense model's loss per window, kept so that it is computed once for all cells of all runs."""
         path = self._directory / f"dense-losses-{scope}.json"
         key = _digest([self.identity.fingerprint, str(self._model.dtype), self.evaluation.digest])
-        known = _read(path)
+        known = read(path)
         if known is None or known["key"] != key:
             progress = self._advance(self.evaluation.count)
             known = {
                 "key": key,
                 "losses": evaluate.window_losses(self._model, self.evaluation, scope, progress=progress).tolist(),
             }
-            _write(path, known)
+            write(path, known)
         self._done += self.evaluation.count
         return torch.tensor(known["losses"], dtype=torch.float64)
 
@@ -453,7 +310,7 @@ class _Run:
         return self._directory / "plans" / f"{cell}.safetensors"
 
     def _is_done(self, cell: str) -> bool:
-        document = _read(self._directory / "cells" / f"{cell}.json")
+        document = read(self._directory / "cells" / f"{cell}.json")
         return document is not None and document.get("key") == self._cell_keys[cell] and self._is_solved(cell)
 
     def _is_solved(self, cell: str) -> bool:
@@ -517,118 +374,5 @@ def _windows(model: Any, tokenizer: Any, grid: Grid) -> tuple[Windows, Windows]:
     return calibration, evaluation
 
 
-def markdown(results: Results) -> str:
-    """The comparison as Markdown: every cell, then perplexity at equal weights read."""
-    about = results.about
-    tasks = [score["task"] for score in results.cells[0]["tasks"] if score["metric"] == "acc"]
-    header = ["method", "sparsity", "weights read", "of the FFN", "perplexity", "increase (paired)"]
-    header += [f"{task} acc" for task in tasks]
-    header += ["tokens/s", "against dense"] if results.speed else []
-    lines = [
-        f"`{about['model']}` ({about['parameters'] / 1e6:.1f} M parameters, {about['dtype']}), "
-        f"{about['scored_tokens']:,} evaluation tokens, calibrated on {about['calibration']['tokens']:,} tokens, "
-        f"scope `{about['scope']}`. Increases are over the dense model on the same tokens, with their standard error.",
-        "",
-        *_table(header, [_row(results, cell, tasks) for cell in results.cells]),
-    ]
-    levels, rows = at_equal_reading(results)
-    if rows:
-        lines += ["", "Increase of perplexity at equal weights read (linear between the cells above):", ""]
-        lines += _table(["method", *(f"{level:.0%} read" for level in levels)], rows)
-    notes = []
-    if any(cell["evaluation_only"] for cell in results.cells):
-        notes.append("`oracle` is a bound, not a method: it is told for free which products are small.")
-    if results.speed:
-        speed = results.speed
-        notes.append(
-            f"tokens/s: median of {speed['repeats']} interleaved rounds of {speed['new_tokens']} tokens, "
-            f"{speed['threads']} threads, native decode step; transformers' eager loop on the same model: "
-            f"{speed['hf']['decode_tok_s']:.1f}."
-        )
-    if about["task_note"] and tasks:
-        notes.append(about["task_note"] + ".")
-    return "\n".join(lines + [line for note in notes for line in ("", note)]) + "\n"
-
-
-def at_equal_reading(results: Results) -> tuple[list[float], list[list[str]]]:
-    """Levels of weights read, and per method the relative increase there with its standard error."""
-    curves: dict[str, list[tuple[float, float, float]]] = {}
-    for cell in results.cells:
-        if cell["method"] != "dense":
-            point = (cell["weights_read"], cell["relative_increase"], cell["relative_increase_stderr"])
-            curves.setdefault(cell["method"], [(1.0, 0.0, 0.0)]).append(point)
-    # Levels between the lowest that at least two methods reach and the dense model.
-    floors = sorted(min(point[0] for point in curve) for curve in curves.values())
-    if len(floors) < 2:
-        return [], []
-    levels = [level / 20 for level in range(19, 0, -1) if level / 20 >= floors[1]]
-    levels = levels[:: max(1, math.ceil(len(levels) / 6))]
-    rows = []
-    for method, curve in curves.items():
-        row = [method]
-        for level in levels:
-            found = _interpolate(sorted(curve), level)
-            row.append("-" if found is None else f"{found[0]:+.2%} ± {found[1]:.2%}")
-        rows.append(row)
-    return levels, rows
-
-
-def _interpolate(curve: Sequence[tuple[float, float, float]], level: float) -> tuple[float, float] | None:
-    for (x0, y0, e0), (x1, y1, e1) in itertools.pairwise(curve):
-        if x0 <= level <= x1 and x1 > x0:
-            part = (level - x0) / (x1 - x0)
-            return y0 + part * (y1 - y0), e0 + part * (e1 - e0)
-    return None
-
-
-def _row(results: Results, cell: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
-    dense = cell["method"] == "dense"
-    own = "" if cell["scope"] == results.about["scope"] else f" (scope {cell['scope']})"
-    row = [
-        cell["method"] + own,
-        "-" if dense else f"{cell['sparsity']:g}",
-        f"{cell['weights_read']:.1%}",
-        f"{cell['ffn_weights_read']:.1%}",
-        f"{cell['ppl']:.4f} ± {cell['ppl_stderr']:.4f}",
-        "-" if dense else f"{cell['relative_increase']:+.2%} ± {cell['relative_increase_stderr']:.2%}",
-    ]
-    accuracy = {score["task"]: score for score in cell["tasks"] if score["metric"] == "acc"}
-    row += [_accuracy(accuracy.get(task)) for task in tasks]
-    if results.speed:
-        timing = results.speed["cells"].get(cell["cell"])
-        if timing is None:
-            row += ["-", "-"]
-        else:
-            low, high = timing["decode_spread"]
-            ratio = timing["decode_tok_s"] / results.speed["cells"]["dense"]["decode_tok_s"]
-            row += [f"{timing['decode_tok_s']:.1f} ({low:.1f} to {high:.1f})", f"{ratio:.2f}x"]
-    return row
-
-
-def _accuracy(score: Mapping[str, Any] | None) -> str:
-    return "-" if score is None else f"{score['value']:.4f} ± {score['stderr'] or 0:.4f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + "|".join([" :-- ", *[" --: "] * (len(header) - 1)]) + "|"
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
-
-
 def _digest(parts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, document: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        Path(temporary).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON document; None when there is none, or a damaged one (which is then made again)."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return document if isinstance(document, dict) else None

@@ -179,8 +179,8 @@ def weights_read(model: Any, meter: Meter | None = None) -> WeightsRead:
     extra = 0
     for module in state.modules if state else []:
         if isinstance(module, SparseFFN):
-            arguments = module.arguments()
-            predictor = (arguments["predictor_a"], arguments["predictor_b"])
+            rules = module.rules()
+            predictor = (rules.predictor_a, rules.predictor_b)
             extra += sum(matrix.numel() * matrix.element_size() for matrix in predictor if matrix is not None)
     ffn = [site for site in sizes if site.rpartition(".")[2] in sites.FFN_PROJECTIONS]
     read = {site: size * kept.get(site, 1.0) for site, size in sizes.items()}

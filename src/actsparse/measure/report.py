@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actsparse.measure.compare import Results, at_equal_reading, markdown
+from actsparse.measure.results import Results
+from actsparse.measure.table import at_equal_reading, markdown
 from actsparse.plan import PlanError, atomic_path
 
 # Title and caption of each plot, by the name of its file.

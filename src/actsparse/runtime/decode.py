@@ -9,7 +9,7 @@ Shape letters: T tokens, V vocabulary, K key/value heads, L cache length, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -175,7 +175,7 @@ class Decoder:
         self._chosen_ffns = []
         for index, block in self._chosen.items():
             operands = block.operands(session)
-            ffn = kernels.ffn_of(*operands.matrices, **operands.options)
+            ffn = kernels.ffn_of(*operands.matrices, kernels.Rules(**operands.options))
             self._chosen_ffns.append(ffn)
             self.native.layer[index].ffn = ffn
 
@@ -208,18 +208,17 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
         f"{name}_threshold": module.threshold if isinstance(module, SparseLinear) else None
         for name, module in attention.items()
     }
-    rules: Mapping[str, Any]
     ffn = layer.ffn
     if isinstance(ffn, SparseFFN):
-        rules = ffn.arguments()
+        rules = ffn.rules()
     else:
         biases = {f"{name}_bias": layer.linear(name).bias for name in sites.FFN_PROJECTIONS}
-        rules = {"activation": sites.activation_of(model), "up_activation": family.up_activation, **biases}
+        rules = kernels.Rules(sites.activation_of(model), family.up_activation, **biases)
     gate, up, down = (layer.module.get_parameter(f"{paths[name]}.weight").detach() for name in sites.FFN_PROJECTIONS)
     return kernels.layer_of(
         input_norm=_norm(layer.module.get_submodule(family.input_norm)),
         post_norm=_norm(layer.module.get_submodule(family.post_norm)),
-        ffn=kernels.ffn_of(gate, up, down, **rules),
+        ffn=kernels.ffn_of(gate, up, down, rules),
         k_cache=keys,
         v_cache=values,
         q_norm=_optional_norm(layer.module, family.q_norm),

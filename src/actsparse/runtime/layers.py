@@ -196,16 +196,16 @@ class SparseFFN(SparseModule):
             if matrix is not None:
                 setattr(self, name, matrix.to(self.projection("up").weight.dtype))
 
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the FFN kernel."""
-        return {
-            "activation": self.activation,
-            "up_activation": self.up_activation,
-            "gate_bias": self.projection("gate").bias if self.gated else None,
-            "up_bias": self.projection("up").bias,
-            "down_bias": self.projection("down").bias,
+    def rules(self) -> kernels.Rules:
+        """What the FFN kernel is told."""
+        return kernels.Rules(
+            activation=self.activation,
+            up_activation=self.up_activation,
+            gate_bias=self.projection("gate").bias if self.gated else None,
+            up_bias=self.projection("up").bias,
+            down_bias=self.projection("down").bias,
             **{argument: getattr(self, argument) for argument in FFN_RULES},
-        }
+        )
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         return self._replaced[0](x)
@@ -214,9 +214,9 @@ class SparseFFN(SparseModule):
         gate = self.projection("gate").weight if self.gated else None
         up, down = self.projection("up").weight, self.projection("down").weight
         if self.meter is None:
-            return kernels.gated_ffn(x, gate, up, down, **self.arguments())
+            return kernels.gated_ffn(x, gate, up, down, self.rules())
         # The method's own arithmetic shows what the kernels would read; running both would double the price.
-        y, kept = kernels.reference.gated_ffn_metered(x, gate, up, down, **self.arguments())
+        y, kept = kernels.reference.gated_ffn_metered(x, gate, up, down, self.rules())
         for name, keep in kept.items():
             self.meter.add(f"{self.site}.{name}", float(keep.sum()), keep.numel())
         return y

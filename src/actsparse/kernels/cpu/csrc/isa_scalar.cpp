@@ -92,7 +92,8 @@ struct Vec {
   }
 };
 
-#include "kernels.inl"
+#include "products.inl"
+#include "elements.inl"
 }  // namespace
 
 const IsaOps* const isa_scalar = &table;

@@ -69,7 +69,8 @@ struct Vec {
   }
 };
 
-#include "kernels.inl"
+#include "products.inl"
+#include "elements.inl"
 }  // namespace
 
 const IsaOps* const isa_avx512 = &table;

@@ -84,7 +84,8 @@ struct Vec {
   }
 };
 
-#include "kernels.inl"
+#include "products.inl"
+#include "elements.inl"
 }  // namespace
 
 const IsaOps* const isa_avx2 = &table;
