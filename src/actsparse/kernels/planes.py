@@ -1,0 +1,196 @@
+"""Nested low-bit weights: one code a weight, in planes of two bits, so that the first planes alone are a coarser weight.
+
+The format (``docs/format.md`` gives every bit).  A matrix W [O, I] is stored by columns, one per input channel.  The outputs
+of a column form groups of :data:`GROUP`; the last group is filled up with zeros.  A weight's code c has S bits (4, 6 or 8)
+and stands for, read to a level of b bits (b = 2, 4, ... S)::
+
+    w_b = gain_b * scale * mantissa / 255 * ((c >> (S - b)) + 1/2 - 2^(b-1)) * 2^(1-b)
+
+with one ``scale`` a column, one ``mantissa`` (1 to 255) a group, and one ``gain`` a column and level.  Plane p holds bits
+S-1-2p and S-2-2p of the codes: 16 bytes a group, groups in order; byte j of a group holds outputs 16 k + j of that group at its
+bits 2k and 2k+1.
+
+Shape letters: O outputs, I inputs, G groups of a column, S bits stored, L = S/2 levels, T rows of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+STORED = (4, 6, 8)
+_BYTES = GROUP // 4
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A packed matrix.
+
+    Attributes:
+        out: O.
+        mantissa: uint8 [I, G].
+        planes: uint8 [I, 16 G] each, most significant first; views of one storage or of several, each row contiguous.
+        scale: float32 [I].
+        gain: float32 [L, I].
+    """
+
+    out: int
+    mantissa: Tensor
+    planes: tuple[Tensor, ...]
+    scale: Tensor
+    gain: Tensor
+
+    @property
+    def inputs(self) -> int:
+        """I."""
+        return self.mantissa.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.mantissa.shape[1]
+
+    @property
+    def stored(self) -> int:
+        """S, bits of a code."""
+        return 2 * len(self.planes)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Bits of the readable levels, without 0."""
+        return tuple(range(2, self.stored + 1, 2))
+
+    @property
+    def level_bytes(self) -> tuple[int, ...]:
+        """Bytes that each level reads of a column beyond the one before; mantissas, scale and gain come with the first."""
+        plane = _BYTES * self.groups
+        return (plane + self.groups + 8, *[plane] * (len(self.planes) - 1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole matrix."""
+        tensors = (self.mantissa, *self.planes, self.scale, self.gain)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def check(self) -> None:
+        """ValueError, naming what does not fit, unless shapes, types and values are those of the format."""
+        inputs, groups, planes = self.inputs, self.groups, len(self.planes)
+        if self.stored not in STORED or groups != -(-self.out // GROUP):
+            raise ValueError(f"{self.stored} bits in {groups} groups for {self.out} outputs, expected 4, 6 or 8 bits")
+        for name, tensor, shape, dtype in (
+            ("mantissa", self.mantissa, (inputs, groups), torch.uint8),
+            *((f"plane {p}", plane, (inputs, _BYTES * groups), torch.uint8) for p, plane in enumerate(self.planes)),
+            ("scale", self.scale, (inputs,), torch.float32),
+            ("gain", self.gain, (planes, inputs), torch.float32),
+        ):
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
+        for name, tensor in (("scale", self.scale), ("gain", self.gain)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} holds a value that is not finite")
+
+
+def groups_of(outputs: int) -> int:
+    """Groups of a column of ``outputs`` weights."""
+    return -(-outputs // GROUP)
+
+
+def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: int) -> Packed:
+    """Codes uint8 [O, I] below 2^stored as planes; mantissa uint8 [G, I], scale [I], gain [L, I]; ValueError if they misfit.
+
+    A column is one record, mantissas and planes one after the other, so that reading it to a level reads one run of bytes.
+    """
+    if stored not in STORED:
+        raise ValueError(f"{stored} bits stored, expected 4, 6 or 8")
+    outputs, inputs = codes.shape
+    groups = groups_of(outputs)
+    padded = codes.new_zeros(inputs, groups * GROUP)
+    padded[:, :outputs] = codes.T
+    # [I, G, k, j]: output 16 k + j of each group.
+    fields = padded.view(inputs, groups, 4, _BYTES)
+    head = -(-groups // _BYTES) * _BYTES  # planes start at whole 16-byte runs
+    record = codes.new_zeros(inputs, head + stored // 2 * _BYTES * groups)
+    record[:, :groups] = mantissa.T
+    planes = []
+    for p in range(stored // 2):
+        bits = (fields >> (stored - 2 - 2 * p)) & 3
+        begin = head + p * _BYTES * groups
+        plane = record[:, begin : begin + _BYTES * groups]
+        plane.view(inputs, groups, _BYTES).copy_(
+            bits[:, :, 0] | (bits[:, :, 1] << 2) | (bits[:, :, 2] << 4) | (bits[:, :, 3] << 6)
+        )
+        planes.append(plane)
+    packed = Packed(outputs, record[:, :groups], tuple(planes), scale.float(), gain.float().contiguous())
+    packed.check()
+    return packed
+
+
+def codes_of(packed: Packed, level: int | None = None) -> Tensor:
+    """The first ``level`` bits of the codes (all of them for None), uint8 [O, I]."""
+    level = packed.stored if level is None else level
+    inputs, groups = packed.inputs, packed.groups
+    whole = torch.zeros(inputs, groups, 4, _BYTES, dtype=torch.uint8, device=packed.mantissa.device)
+    for plane in packed.planes[: level // 2]:
+        bytes_ = plane.reshape(inputs, groups, 1, _BYTES)
+        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=plane.device).view(1, 1, 4, 1)
+        whole = (whole << 2) | ((bytes_ >> shifts) & 3)
+    return whole.reshape(inputs, groups * GROUP)[:, : packed.out].T
+
+
+def unpack(packed: Packed, level: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights read to ``level`` bits (all of them for None), [O, I]; level 0 is zeros.
+
+    Raises ValueError for a level that the format does not have.
+    """
+    level = packed.stored if level is None else level
+    if level == 0:
+        return torch.zeros(packed.out, packed.inputs, dtype=dtype, device=packed.mantissa.device)
+    if level not in packed.levels:
+        raise ValueError(f"level is {level}, expected 0 or one of {', '.join(map(str, packed.levels))}")
+    centred = codes_of(packed, level).float() + (0.5 - 2.0 ** (level - 1))
+    steps = packed.mantissa.float().T.repeat_interleave(GROUP, 0)[: packed.out]
+    column = packed.scale / 255 * packed.gain[level // 2 - 1] * 2.0 ** (1 - level)
+    return (centred * steps * column).to(dtype)
+
+
+def levels_read(x: Tensor, thresholds: Tensor, center: Tensor | None = None) -> Tensor:
+    """How many planes each value of x [..., I] reads, uint8: level k wherever ``|x - center| >= thresholds[k - 1]``.
+
+    thresholds float32 [L, I], not falling along L; NaN in x reads everything, so that it is never hidden.
+    """
+    centred = x.float() if center is None else x.float() - center
+    count = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+    for threshold in thresholds:
+        count += ~(centred.abs() < threshold)
+    return count
+
+
+def linear(
+    x: Tensor,
+    packed: Packed,
+    thresholds: Tensor | None = None,
+    center: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """The oracle: y = start + sum over i of (x_i - center_i) W_b[:, i], b the level that ``|x_i - center_i|`` reads.
+
+    x [..., I]; thresholds float32 [L, I] (None: every plane is read), center [I], start [O] (float32; None: zeros).  Computed
+    in float32 (float64 for float64 x), rounded once to x's type.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    centred = x.to(compute) if center is None else x.to(compute) - center.to(compute)
+    y = torch.zeros(*x.shape[:-1], packed.out, dtype=compute, device=x.device)
+    if thresholds is None:
+        y = centred @ unpack(packed, None, compute).T
+    else:
+        read = levels_read(x, thresholds, center)
+        for index, level in enumerate(packed.levels):
+            here = read == index + 1
+            if bool(here.any()):
+                y = y + torch.where(here, centred, 0.0) @ unpack(packed, level, compute).T
+    if start is not None:
+        y = y + start.to(compute)
+    return y.to(x.dtype)
