@@ -11,9 +11,15 @@ name (``layers.{i}.`` in front)        shape           meaning
 ``ffn.predictor_a``                    [R, H]          low-rank predictor: compute neuron i when
 ``ffn.predictor_b``                    [N, R]          ``(B A x + b)_i > 0``
 ``ffn.predictor_bias``                 [N]
+``q|k|v|o|gate|up|down``               [L, I]          nested low-bit weights: read level k of column i when
+``.level_threshold``                                   ``|x_i - center_i| >= t_{k,i}``
+``q|k|v|o|gate|up|down.center``        [I]             taken off the input; W center is added to the output
 =====================================  ==============  =======================================================
 
-Shape letters: H hidden, N neurons, I input features, R rank.  All tensors are float32, thresholds are >= 0 and may be
+Level thresholds and centers of the output head are named ``head.`` instead of ``layers.{i}.{projection}.``.
+
+Shape letters: H hidden, N neurons, I input features, R rank, L levels (half the bits stored).
+All tensors are float32, thresholds are >= 0 and may be
 ``inf`` ("always skip").  Methods that choose neurons per prompt keep their settings under ``prompt`` and may add tensors
 whose names start with ``prompt.``, float32 or int32 [..., N].
 """
@@ -40,6 +46,7 @@ MOST_LAYERS = 9999
 SKIP_ZEROS = float(torch.finfo(torch.float32).tiny)
 SCOPES = ("all", "decode", "last_half")
 _THRESHOLD = re.compile(r"layers\.([0-9]{1,6})\.(q|k|v|o|gate|up|down|ffn)\.threshold")
+_LEVELS = re.compile(r"(?:layers\.([0-9]{1,6})\.(q|k|v|o|gate|up|down)|head)\.(level_threshold|center)")
 _PREDICTOR = re.compile(r"layers\.([0-9]{1,6})\.ffn\.predictor_(a|b|bias)")
 
 
@@ -253,6 +260,10 @@ class Plan:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise PlanError(f"{name} holds a value that is not finite")
             return
+        levels = _LEVELS.fullmatch(name)
+        if levels:
+            self._validate_levels(name, tensor, levels)
+            return
         threshold, predictor = _THRESHOLD.fullmatch(name), _PREDICTOR.fullmatch(name)
         match = threshold or predictor
         if match is None:
@@ -276,6 +287,26 @@ class Plan:
             raise PlanError(f"{name} has shape {list(shape)}, expected {want}")
         if bool(torch.isnan(tensor).any()):
             raise PlanError(f"{name} holds NaN")
+
+    def _validate_levels(self, name: str, tensor: torch.Tensor, match: re.Match[str]) -> None:
+        site, _, part = name.rpartition(".")
+        if match[1] is not None and int(match[1]) >= self.model.layers:
+            raise PlanError(f"tensor {name!r} is for layer {match[1]}, the model has {self.model.layers}")
+        other = f"{site}.{'center' if part == 'level_threshold' else 'level_threshold'}"
+        for wrong, there in ((f"{site}.threshold", False), (other, True)):
+            if (wrong in self.rules) != there:
+                raise PlanError(f"{name} {'needs' if there else 'excludes'} {wrong}")
+        features = self.model.features(match[2] or "head")
+        if tensor.dtype != torch.float32:
+            raise PlanError(f"{name} has dtype {tensor.dtype}, expected float32")
+        if part == "center":
+            if tuple(tensor.shape) != (features,) or not bool(torch.isfinite(tensor).all()):
+                raise PlanError(f"{name} has shape {list(tensor.shape)} or is not finite, expected [{features}]")
+            return
+        if tensor.dim() != 2 or tensor.shape[0] not in (2, 3, 4) or tensor.shape[1] != features:
+            raise PlanError(f"{name} has shape {list(tensor.shape)}, expected [2 to 4, {features}]")
+        if bool((~(tensor >= 0)).any()) or bool((tensor[1:] < tensor[:-1]).any()):
+            raise PlanError(f"{name} holds a negative, NaN or falling threshold, expected rising values >= 0")
 
 
 class atomic_path:

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from actsparse.calibration.activity import HEAD, activities
 from actsparse.calibration.allocation import ALLOCATIONS, Allocation, allocate
 from actsparse.calibration.budget import Budget, Scorer, search
 from actsparse.methods import Method, make
@@ -96,9 +97,10 @@ def calibrate(
         raise CalibrationError(f"allocation is {allocation!r}, {method} chooses neurons per prompt: expected uniform")
     if output is not None:
         check_writable(output)
-    if texts is None and (chosen.phases or budget is not None):
+    needs_text = bool(chosen.phases) or chosen.activity or budget is not None
+    if texts is None and needs_text:
         raise text.TextError(f"no text given, {method} needs some to calibrate on")
-    if texts is None or not (chosen.phases or budget is not None):
+    if texts is None or not needs_text:
         windows = text.NO_TEXT
     else:
         windows = load_calibration_windows(
@@ -245,11 +247,26 @@ class Calibration:
                 if stop.asked:
                     break
         stop.act()
-        return {
+        found = {
             method.name: [Calibrated(view, stats) for view, stats in zip(self._views, per_group[index], strict=True)]
             for index, group in enumerate(self._groups)
             for method in group.methods
         }
+        observing = [method for group in self._groups for method in group.methods if method.activity]
+        return found | self._observe(observing, progress) if observing else found
+
+    def _observe(self, methods: list[Method], progress: Progress | None) -> dict[str, list[Calibrated]]:
+        """What methods that need whole activities make of them; the output head comes last, as layer -1."""
+        views = {view.index: view for view in self._views}
+        head = self._model.get_output_embeddings()
+        views[HEAD] = Layer(HEAD, self.identity, lambda name: head.weight.detach(), gated=views[0].gated)
+        found: dict[str, dict[int, Calibrated]] = {method.name: {} for method in methods}
+        for activity in activities(self._model, self.windows.tokens, progress=progress):
+            view = views[activity.layer]
+            for method in methods:
+                seen = method.observe(view, activity.inputs, activity.sensitivity)
+                found[method.name][activity.layer] = Calibrated(view, seen)
+        return {name: [layers[index] for index in (*range(len(self._views)), HEAD)] for name, layers in found.items()}
 
     def solve(
         self, method: Method, calibrated: list[Calibrated], targets: Targets, *, scope: str | None = None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import cpu, portable, reference
+from . import cpu, planes, portable, reference
 from .cpu import (
     ACTIVATIONS,
     FFN,
@@ -44,10 +44,10 @@ from .cpu import (
 from .rules import NAMES, Rules
 
 __all__ = [
-    "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "Rules", "available_isas", "channel_statistics",
-    "core_statistics",
-    "decode_step", "decoder_of", "explain", "ffn_of", "gated_ffn", "isa", "layer_of", "linear", "matrix_of", "norm_of",
-    "path_for", "portable", "read_bandwidth", "reference", "reset_stats", "select_isa", "stats", "use_huge_pages",
+    "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "Rules", "available_isas",
+    "channel_statistics", "core_statistics", "decode_step", "decoder_of", "explain", "ffn_of", "gated_ffn",
+    "graded_linear", "isa", "layer_of", "linear", "matrix_of", "norm_of", "path_for", "planes", "portable",
+    "read_bandwidth", "reference", "reset_stats", "select_isa", "stats", "use_huge_pages",
 ]  # fmt: skip
 
 
@@ -157,6 +157,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Ten
     if type(x) is Tensor and _get_current_dispatch_mode() is None:
         return _linear_cpu(x, weight, bias, threshold)
     return torch.ops.actsparse.linear(x, weight, bias, threshold)
+
+
+def graded_linear(x: Tensor, packed: planes.Packed, thresholds: Tensor, center: Tensor, start: Tensor) -> Tensor:
+    """y = start + sum over i of (x_i - center_i) W_b[:, i], b the level that ``|x_i - center_i|`` reads of a packed W.
+
+    x [..., I]; thresholds float32 [L, I], center float32 [I], start float32 [O].  Returns [..., O] in x's type; see
+    :func:`actsparse.kernels.planes.linear`.
+    """
+    compute = x.dtype if _rows(x) > MAX_BATCH else None
+    return planes.linear(x, packed, thresholds, center, start, compute)
 
 
 # ---- feed-forward block ----------------------------------------------------------------------------------------------

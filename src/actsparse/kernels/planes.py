@@ -6,7 +6,7 @@ and stands for, read to a level of b bits (b = 2, 4, ... S)::
 
     w_b = gain_b * scale * mantissa / 255 * ((c >> (S - b)) + 1/2 - 2^(b-1)) * 2^(1-b)
 
-with one ``scale`` a column, one ``mantissa`` (1 to 255) a group, and one ``gain`` a column and level.  Plane p holds bits
+with one ``scale`` a column (bfloat16), one ``mantissa`` (1 to 255) a group, and one ``gain`` a level.  Plane p holds bits
 S-1-2p and S-2-2p of the codes: 16 bytes a group, groups in order; byte j of a group holds outputs 16 k + j of that group at its
 bits 2k and 2k+1.
 
@@ -33,8 +33,8 @@ class Packed:
         out: O.
         mantissa: uint8 [I, G].
         planes: uint8 [I, 16 G] each, most significant first; views of one storage or of several, each row contiguous.
-        scale: float32 [I].
-        gain: float32 [L, I].
+        scale: bfloat16 [I].
+        gain: float32 [L].
     """
 
     out: int
@@ -65,9 +65,9 @@ class Packed:
 
     @property
     def level_bytes(self) -> tuple[int, ...]:
-        """Bytes that each level reads of a column beyond the one before; mantissas, scale and gain come with the first."""
+        """Bytes that each level reads of a column beyond the one before; mantissas and scale come with the first."""
         plane = _BYTES * self.groups
-        return (plane + self.groups + 8, *[plane] * (len(self.planes) - 1))
+        return (plane + self.groups + 2, *[plane] * (len(self.planes) - 1))
 
     @property
     def nbytes(self) -> int:
@@ -83,8 +83,8 @@ class Packed:
         for name, tensor, shape, dtype in (
             ("mantissa", self.mantissa, (inputs, groups), torch.uint8),
             *((f"plane {p}", plane, (inputs, _BYTES * groups), torch.uint8) for p, plane in enumerate(self.planes)),
-            ("scale", self.scale, (inputs,), torch.float32),
-            ("gain", self.gain, (planes, inputs), torch.float32),
+            ("scale", self.scale, (inputs,), torch.bfloat16),
+            ("gain", self.gain, (planes,), torch.float32),
         ):
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
@@ -99,7 +99,7 @@ def groups_of(outputs: int) -> int:
 
 
 def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: int) -> Packed:
-    """Codes uint8 [O, I] below 2^stored as planes; mantissa uint8 [G, I], scale [I], gain [L, I]; ValueError if they misfit.
+    """Codes uint8 [O, I] below 2^stored as planes; mantissa uint8 [G, I], scale [I], gain [L]; ValueError if they misfit.
 
     A column is one record, mantissas and planes one after the other, so that reading it to a level reads one run of bytes.
     """
@@ -123,7 +123,7 @@ def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: i
             bits[:, :, 0] | (bits[:, :, 1] << 2) | (bits[:, :, 2] << 4) | (bits[:, :, 3] << 6)
         )
         planes.append(plane)
-    packed = Packed(outputs, record[:, :groups], tuple(planes), scale.float(), gain.float().contiguous())
+    packed = Packed(outputs, record[:, :groups], tuple(planes), scale.to(torch.bfloat16), gain.float())
     packed.check()
     return packed
 
@@ -152,7 +152,7 @@ def unpack(packed: Packed, level: int | None = None, dtype: torch.dtype = torch.
         raise ValueError(f"level is {level}, expected 0 or one of {', '.join(map(str, packed.levels))}")
     centred = codes_of(packed, level).float() + (0.5 - 2.0 ** (level - 1))
     steps = packed.mantissa.float().T.repeat_interleave(GROUP, 0)[: packed.out]
-    column = packed.scale / 255 * packed.gain[level // 2 - 1] * 2.0 ** (1 - level)
+    column = packed.scale.float() / 255 * packed.gain[level // 2 - 1] * 2.0 ** (1 - level)
     return (centred * steps * column).to(dtype)
 
 
@@ -174,23 +174,24 @@ def linear(
     thresholds: Tensor | None = None,
     center: Tensor | None = None,
     start: Tensor | None = None,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
     """The oracle: y = start + sum over i of (x_i - center_i) W_b[:, i], b the level that ``|x_i - center_i|`` reads.
 
     x [..., I]; thresholds float32 [L, I] (None: every plane is read), center [I], start [O] (float32; None: zeros).  Computed
-    in float32 (float64 for float64 x), rounded once to x's type.
+    in ``compute``, by default float32 (float64 for float64 x), rounded once to x's type.
     """
-    compute = torch.promote_types(x.dtype, torch.float32)
-    centred = x.to(compute) if center is None else x.to(compute) - center.to(compute)
-    y = torch.zeros(*x.shape[:-1], packed.out, dtype=compute, device=x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    compute = wide if compute is None else compute
+    # Deviations are taken before anything is rounded to a narrower type.
+    deviation = (x.to(wide) if center is None else x.to(wide) - center).to(compute)
     if thresholds is None:
-        y = centred @ unpack(packed, None, compute).T
+        y = deviation @ unpack(packed, None, compute).T
     else:
         read = levels_read(x, thresholds, center)
+        y = torch.zeros(*x.shape[:-1], packed.out, dtype=compute, device=x.device)
         for index, level in enumerate(packed.levels):
             here = read == index + 1
             if bool(here.any()):
-                y = y + torch.where(here, centred, 0.0) @ unpack(packed, level, compute).T
-    if start is not None:
-        y = y + start.to(compute)
-    return y.to(x.dtype)
+                y = y + torch.where(here, deviation, 0.0) @ unpack(packed, level, compute).T
+    return (y if start is None else y + start.to(compute)).to(x.dtype)

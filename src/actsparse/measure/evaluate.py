@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from actsparse.models import sites, text
 from actsparse.plan import Plan
+from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import Meter, SparseFFN
 from actsparse.runtime.swap import attach_meter, restore, sparsify, state_of
 
@@ -45,11 +46,21 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class WeightsRead:
-    """Weight bytes read per decoded token: in bytes, as a fraction of the dense model's, and of its FFNs' alone."""
+    """What a decoded token reads.
+
+    Attributes:
+        bytes: of weights, the output head's included.
+        fraction: of the dense model's bytes.
+        ffn_fraction: of the bytes of its feed-forward blocks.
+        bits_read: bits per weight of the decoder layers' matrices, scales and predictors included.
+        bits_stored: the same of what is stored.
+    """
 
     bytes: float
     fraction: float
     ffn_fraction: float
+    bits_read: float
+    bits_stored: float
 
 
 @dataclass(frozen=True)
@@ -164,13 +175,14 @@ def weights_read(model: Any, meter: Meter | None = None) -> WeightsRead:
     counts as its ideal: gate and up are read for the neurons that down keeps.
     """
     state = state_of(model)
-    dense = {
-        f"layers.{layer.index}.{name}": layer.weight(name)
+    products = {
+        f"layers.{layer.index}.{name}": layer.product(name)
         for layer in sites.layers_of(model)
         for name, _ in layer.family.projections
     }
-    head = model.get_output_embeddings().weight
-    sizes = {site: weight.numel() * weight.element_size() for site, weight in dense.items()}
+    counts = {site: _weights(module) for site, module in products.items()}
+    stored = {site: _stored_bytes(module) for site, module in products.items()}
+    head = model.get_output_embeddings()
     kept = {site: 1 - value for site, value in meter.sparsity().items()} if meter else {}
     if state and state.plan.evaluation_only:
         # The ideal that such a plan stands for: what it keeps is known before gate and up are read.
@@ -182,12 +194,32 @@ def weights_read(model: Any, meter: Meter | None = None) -> WeightsRead:
             rules = module.rules()
             predictor = (rules.predictor_a, rules.predictor_b)
             extra += sum(matrix.numel() * matrix.element_size() for matrix in predictor if matrix is not None)
-    ffn = [site for site in sizes if site.rpartition(".")[2] in sites.FFN_PROJECTIONS]
-    read = {site: size * kept.get(site, 1.0) for site, size in sizes.items()}
-    total = sum(sizes.values()) + head.numel() * head.element_size()
-    used = sum(read.values()) + head.numel() * head.element_size() + extra
+    ffn = [site for site in counts if site.rpartition(".")[2] in sites.FFN_PROJECTIONS]
+    read = {site: size * kept.get(site, 1.0) for site, size in stored.items()}
+    used = sum(read.values()) + extra
     ffn_used = sum(read[site] for site in ffn) + extra
-    return WeightsRead(used, used / total, ffn_used / sum(sizes[site] for site in ffn))
+    weights = sum(counts.values())
+    whole = used + _stored_bytes(head) * kept.get("head", 1.0)
+    width = model.dtype.itemsize
+    return WeightsRead(
+        bytes=whole,
+        fraction=whole / (width * (weights + _weights(head))),
+        ffn_fraction=ffn_used / (width * sum(counts[site] for site in ffn)),
+        bits_read=8 * used / weights,
+        bits_stored=8 * (sum(stored.values()) + extra) / weights,
+    )
+
+
+def _weights(product: Any) -> int:
+    if isinstance(product, GradedLinear):
+        return product.in_features * product.out_features
+    return int(product.weight.numel())
+
+
+def _stored_bytes(product: Any) -> int:
+    if isinstance(product, GradedLinear):
+        return product.packed.nbytes
+    return int(product.weight.numel() * product.weight.element_size())
 
 
 def _batch_losses(model: Any, tokens: torch.Tensor, scope: str) -> torch.Tensor:

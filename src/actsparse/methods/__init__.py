@@ -10,6 +10,7 @@ from actsparse.methods.cats import Cats
 from actsparse.methods.chess import Chess
 from actsparse.methods.coreinfer import CoreInfer, CoreRule
 from actsparse.methods.dense import Dense
+from actsparse.methods.graded import Graded
 from actsparse.methods.griffin import Griffin, GriffinRule
 from actsparse.methods.oracle import Oracle
 from actsparse.methods.prompt import PromptRule
@@ -21,7 +22,7 @@ from actsparse.methods.wina import Wina
 from actsparse.plan import Plan, PlanError
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Chess, Cats, Teal, Wina, Oracle, Dense, Svdp, Relu, CoreInfer, Griffin)
+    method.name: method for method in (Chess, Cats, Teal, Wina, Oracle, Dense, Svdp, Relu, CoreInfer, Griffin, Graded)
 }
 
 PROMPT_RULES: dict[str, type[PromptRule]] = {"coreinfer": CoreRule, "griffin": GriffinRule}

@@ -88,6 +88,8 @@ class Method(ABC):
         window: tokens per window unless the caller says otherwise.
         sites: the sites whose sparsity a caller may set one by one (see :class:`Targets`).
         scopes: the scopes its plans can have; the first is the usual one.
+        activity: whether it needs the inputs of all products together with the loss's gradients, a layer at a time
+            (``observe``), instead of statistics of taps.
         budget: what a greedy allocation keeps within its share of skipped weights: each ``layer``, or the whole ``model``.
         options: the settings that the command line offers, as keyword arguments of ``add_argument`` by name; methods that
             offer one of the same name share it.
@@ -102,6 +104,7 @@ class Method(ABC):
     window: ClassVar[int] = 1024
     sites: ClassVar[tuple[str, ...]] = ("ffn",)
     scopes: ClassVar[tuple[str, ...]] = SCOPES
+    activity: ClassVar[bool] = False
     budget: ClassVar[str] = "model"
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -116,6 +119,18 @@ class Method(ABC):
 
         Equal keys of different methods must mean the same statistic: calibration shares them.
         """
+
+    def observe(
+        self, layer: Layer, inputs: Mapping[str, torch.Tensor], sensitivity: Mapping[str, torch.Tensor]
+    ) -> dict[str, Statistic]:
+        """Statistics of ``layer`` (of the output head, for index -1) from its activity; for methods with ``activity``.
+
+        Args:
+            layer: the layer.
+            inputs: float32 [T, I] by projection.
+            sensitivity: float32 [O] by projection: the mean squared gradient of the loss by each output.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def solve(self, layers: Sequence[Calibrated], targets: Targets) -> Solution:

@@ -122,9 +122,13 @@ class LayerSites:
             )
         return module
 
+    def product(self, projection: str) -> Any:
+        """The module behind ``projection``, of a dense or a sparsified model, or a stand-in with its sizes and weight."""
+        return self.module.get_submodule(dict(self.family.projections)[projection])
+
     def weight(self, projection: str) -> torch.Tensor:
         """The weight of ``projection``, of a dense or a sparsified model."""
-        weight = self.module.get_submodule(dict(self.family.projections)[projection]).weight
+        weight = self.product(projection).weight
         assert isinstance(weight, torch.Tensor)
         return weight
 

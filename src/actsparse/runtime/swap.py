@@ -10,8 +10,10 @@ from torch import nn
 
 from actsparse import kernels
 from actsparse.methods import prompt_rule
+from actsparse.methods.rounding import round_nearest
 from actsparse.models import opening, sites
 from actsparse.plan import ModelIdentity, Plan, PlanError
+from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import (
     FFN_RULES,
     Meter,
@@ -40,6 +42,7 @@ class State:
     modules: list[SparseModule]
     handles: list[Any] = field(default_factory=list)
     prompts: Prompts | None = None
+    head: nn.Module | None = None
 
 
 def sparsify(model: Any, plan: Plan | str | os.PathLike[str], *, scope: str | None = None) -> Any:
@@ -74,6 +77,12 @@ def sparsify(model: Any, plan: Plan | str | os.PathLike[str], *, scope: str | No
     activation = sites.activation_of(model)
     for layer in sites.layers_of(model):
         _sparsify_layer(state, layer, plan, activation)
+        _grade_layer(state, layer, plan)
+    if "head.level_threshold" in plan.rules:
+        state.head = model.get_output_embeddings()
+        graded = _graded(state.head, "head", plan)
+        model.set_output_embeddings(graded)
+        state.modules.append(graded)
     if rule is not None:
         state.prompts = Prompts(model.get_decoder(), rule, gather=mapped_weights(model) is not None)
         state.handles += state.prompts.handles
@@ -93,6 +102,8 @@ def restore(model: Any) -> Any:
             layer.replace(path, module)
         for linear in state.relaid:
             lay_rows(linear)
+        if state.head is not None:
+            model.set_output_embeddings(state.head)
         for handle in state.handles:
             handle.remove()
         delattr(model, _ATTRIBUTE)
@@ -172,6 +183,21 @@ def _sparsify_layer(state: State, layer: sites.LayerSites, plan: Plan, activatio
     for path, old, new in ((family.activation_module, middle, nn.Identity()), (paths["down"], last, Passed(last))):
         layer.replace(path, new)
         state.replaced.append((layer, path, old))
+
+
+def _grade_layer(state: State, layer: sites.LayerSites, plan: Plan) -> None:
+    """Products on weights that are rounded to nested codes here and now; the dense ones are kept for :func:`restore`."""
+    for name, path in layer.family.projections:
+        site = f"layers.{layer.index}.{name}"
+        if f"{site}.level_threshold" in plan.rules:
+            linear = layer.linear(name)
+            _replace(state, layer, path, linear, _graded(linear, site, plan))
+
+
+def _graded(linear: Any, site: str, plan: Plan) -> GradedLinear:
+    threshold, center = plan.rules[f"{site}.level_threshold"], plan.rules[f"{site}.center"]
+    packed = round_nearest(linear.weight.detach(), 2 * len(threshold))
+    return GradedLinear(packed, linear.bias, site, threshold, center, plan.scope)
 
 
 def _choose_by_prompt(

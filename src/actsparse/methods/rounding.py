@@ -1,0 +1,128 @@
+"""Rounding weights to nested codes (:mod:`actsparse.kernels.planes`): scales searched, gains fitted, column by column.
+
+A code is read to several levels, so its scale has to serve all of them: each group takes the half range, a fraction of its
+largest magnitude, at which the squared errors of the levels add up to least.  What is left is fitted: one gain a level for the
+whole matrix, by least squares (one a column is not better and costs reading).
+
+Shape letters: O outputs, I inputs, G groups of 64 outputs, S bits stored, L = S/2 levels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from actsparse.kernels import planes
+from actsparse.kernels.planes import GROUP, Packed
+
+# Half ranges that are tried, as fractions of a group's largest magnitude.
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+# Gains that least squares gives groups of 64 normal values: the search takes them for granted, the fit replaces them.
+PRIOR_GAINS = {2: 0.92, 4: 0.99, 6: 1.0, 8: 1.0}
+# What an error at each level counts unless calibration says otherwise. Inputs that are read further are larger by as much as
+# the error there is smaller (that is the rule), so that all levels' shares of the error of the output are alike.
+LEVEL_WEIGHTS = {2: 1.0, 4: 16.0, 6: 256.0, 8: 4096.0}
+# Working memory: values of a block of columns.
+_BLOCK = 1 << 22
+
+
+def round_nearest(weight: torch.Tensor, stored: int, level_weight: torch.Tensor | None = None) -> Packed:
+    """W [O, I] as nested codes of ``stored`` bits, each rounded to the nearest.
+
+    Args:
+        weight: any float type.
+        stored: 4, 6 or 8.
+        level_weight: float32 [L, I], how much each column's error at each level counts in the search; None: as
+            :data:`LEVEL_WEIGHTS`.
+
+    Raises:
+        ValueError: a weight is not finite (its place is named), or ``stored`` is something else.
+    """
+    outputs, inputs = weight.shape
+    codes = torch.empty(outputs, inputs, dtype=torch.uint8, device=weight.device)
+    mantissa = torch.empty(planes.groups_of(outputs), inputs, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(inputs, dtype=torch.bfloat16, device=weight.device)
+    fits = torch.zeros(2, stored // 2, dtype=torch.float64, device=weight.device)
+    size = max(1, _BLOCK // outputs)
+    for at in range(0, inputs, size):
+        block = slice(at, min(at + size, inputs))
+        weights = None if level_weight is None else level_weight[:, block]
+        codes[:, block], mantissa[:, block], scale[block], fit = round_columns(weight[:, block], stored, weights)
+        fits += fit
+    return planes.pack(codes, mantissa, scale, gains_of(fits), stored)
+
+
+def gains_of(fits: torch.Tensor) -> torch.Tensor:
+    """Gains float32 [L] from sums [2, L] of what :func:`round_columns` gives; 1 for a matrix of zeros."""
+    dot, square = fits
+    return torch.where(square > 0, dot / square.clamp(min=1e-300), 1.0).float()
+
+
+def round_columns(
+    weight: torch.Tensor, stored: int, level_weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 [O, I], mantissa uint8 [G, I], scale bfloat16 [I] of some columns; see :func:`round_nearest`.
+
+    Last come the sums that the gains are fitted from, float64 [2, L]: values times weights, and values squared.
+    """
+    levels = range(2, stored + 1, 2)
+    if stored not in planes.STORED:
+        raise ValueError(f"{stored} bits stored, expected 4, 6 or 8")
+    if not bool(torch.isfinite(weight).all()):
+        place = (~torch.isfinite(weight)).nonzero()[0].tolist()
+        raise ValueError(f"the weight at {place} is {float(weight[tuple(place)])}, expected finite values")
+    outputs = weight.shape[0]
+    # [I, G, 64]: a column's groups lie together.
+    grouped = F.pad(weight.T.float(), (0, -outputs % GROUP)).unflatten(1, (-1, GROUP))
+    peak = grouped.abs().amax(2)
+    best, half_range = torch.full_like(peak, torch.inf), peak
+    for clip in CLIPS:
+        tried = peak * clip
+        code = _encode(grouped, tried, stored)
+        error = torch.zeros_like(peak)
+        for index, level in enumerate(levels):
+            part = (grouped - _decode(code, level, stored) * (tried * PRIOR_GAINS[level]).unsqueeze(2)).square().sum(2)
+            error += part * (LEVEL_WEIGHTS[level] if level_weight is None else level_weight[index].unsqueeze(1))
+        half_range = torch.where(error < best, tried, half_range)
+        best = torch.minimum(error, best)
+    scale = _up_to_bfloat16(half_range.amax(1))
+    mantissa = (half_range * (255 / scale.float().clamp(min=1e-30)).unsqueeze(1)).round_().clamp_(1, 255)
+    exact = mantissa * (scale.float() / 255).unsqueeze(1)
+    code = _encode(grouped, exact, stored)
+    fits = torch.empty(2, stored // 2, dtype=torch.float64, device=weight.device)
+    for index, level in enumerate(levels):
+        value = _decode(code, level, stored) * exact.unsqueeze(2)
+        value = value.flatten(1)[:, :outputs]  # what fills the last group up is no weight
+        fits[0, index], fits[1, index] = (value * weight.T).double().sum(), value.double().square().sum()
+    codes = code.to(torch.uint8).flatten(1)[:, :outputs].T
+    return codes, mantissa.to(torch.uint8).T, scale, fits
+
+
+def _up_to_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    """The least bfloat16 numbers not below positive ``values``: mantissas of 255 then reach them."""
+    down = values.to(torch.bfloat16)
+    up = (down.view(torch.int16) + 1).view(torch.bfloat16)
+    return torch.where(down.float() < values, up, down)
+
+
+def residuals(weight: torch.Tensor, packed: Packed, sensitivity: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared error of every column at every level, level 0 (skipped) first: float32 [L + 1, I].
+
+    With ``sensitivity`` [O] each output's error counts that much.
+    """
+    target = weight.float()
+    rows = [target]
+    rows += [target - planes.unpack(packed, level) for level in packed.levels]
+    factor = None if sensitivity is None else sensitivity.unsqueeze(1)
+    return torch.stack([(row.square() if factor is None else row.square() * factor).sum(0) for row in rows])
+
+
+def _encode(grouped: torch.Tensor, half_range: torch.Tensor, stored: int) -> torch.Tensor:
+    half = 2 ** (stored - 1)
+    step = (half / half_range.clamp(min=1e-30)).unsqueeze(2)
+    return (grouped * step).add_(half).floor_().clamp_(0, 2 * half - 1)
+
+
+def _decode(code: torch.Tensor, level: int, stored: int) -> torch.Tensor:
+    """Values at ``level``, in units of the half range."""
+    return (code * 2.0 ** (level - stored)).floor_().add_(0.5 - 2 ** (level - 1)).mul_(2.0 ** (1 - level))

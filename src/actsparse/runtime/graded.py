@@ -1,0 +1,69 @@
+"""The product on nested low-bit weights: the module that takes the place of a linear layer, and reads by level.
+
+Shape letters: B batch, T tokens, I input features, O output features, L levels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from actsparse import kernels
+from actsparse.kernels.planes import Packed
+from actsparse.runtime.layers import SparseModule
+
+
+class GradedLinear(SparseModule):
+    """A linear layer over a packed weight that reads each column as deep as its input deserves.
+
+    Args:
+        packed: the weight.
+        bias: [O] or None.
+        site: ``layers.{i}.{projection}``, or ``head``.
+        level_threshold: float32 [L, I], not falling along L.
+        center: float32 [I], taken off the input; W center, with every plane read, is added to the output.
+        scope: which tokens; the others read every plane.
+    """
+
+    level_threshold: torch.Tensor
+    center: torch.Tensor
+    start: torch.Tensor
+
+    def __init__(
+        self,
+        packed: Packed,
+        bias: torch.Tensor | None,
+        site: str,
+        level_threshold: torch.Tensor,
+        center: torch.Tensor,
+        scope: str,
+    ) -> None:
+        device = packed.scale.device
+        center = center.to(device, torch.float32).contiguous()
+        start = kernels.planes.linear(center, packed)
+        start = start if bias is None else start + bias.detach().float()
+        rules = {"level_threshold": level_threshold.to(device, torch.float32).contiguous(), "center": center}
+        super().__init__(site, scope, {**rules, "start": start})
+        self.packed = packed
+        self.bias = bias
+        self.in_features, self.out_features = packed.inputs, packed.out
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        weight = kernels.planes.unpack(self.packed, None, x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def sparse(self, x: torch.Tensor) -> torch.Tensor:
+        if self.meter is not None:
+            self._count(x)
+        return kernels.graded_linear(x, self.packed, self.level_threshold, self.center, self.start)
+
+    def _count(self, x: torch.Tensor) -> None:
+        levels = kernels.planes.levels_read(x, self.level_threshold, self.center)
+        costs = torch.tensor([0, *self.packed.level_bytes], dtype=torch.float64).cumsum(0)
+        reached = torch.bincount(levels.flatten().long(), minlength=len(costs)).double().cpu()
+        assert self.meter is not None
+        self.meter.add(self.site, float((reached * costs).sum()), float(costs[-1] * levels.numel()))
+
+    def extra_repr(self) -> str:
+        bits = f"{self.packed.stored} bits stored"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bits}, scope={self.scope}"

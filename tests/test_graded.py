@@ -1,0 +1,87 @@
+"""Graded reading: thresholds are water-filling, theta meets its budget, and rules do what they promise."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from actsparse.kernels import planes
+from actsparse.methods.base import MethodError
+from actsparse.methods.graded import HEAD, choose_theta, reading_of, solution_of, unit_thresholds
+from actsparse.methods.rounding import residuals, round_nearest
+
+
+def test_thresholds_find_the_best_level_by_brute_force() -> None:
+    left = torch.rand(4, 200, generator=torch.Generator().manual_seed(0)).sort(0, descending=True).values
+    left[0] += 1
+    cost = (40, 32, 32)
+    unit = unit_thresholds(left, cost)
+    total = torch.tensor([0, *cost]).cumsum(0)
+    assert bool((unit[1:] >= unit[:-1]).all())
+    for theta, x in itertools.product((0.05, 0.1, 0.3), (0.3, 1.0, 4.0)):
+        level = (x >= unit * theta).sum(0)
+        price = x**2 * left + theta**2 * total[:, None]
+        chosen = price.gather(0, level[None])[0]
+        torch.testing.assert_close(chosen, price.min(0).values, rtol=1e-5, atol=1e-7)
+
+
+def test_a_level_that_brings_nothing_is_never_read() -> None:
+    unit = unit_thresholds(torch.tensor([[4.0, 4.0, 0.0], [1.0, 4.0, 0.0], [1.0, 4.0, 0.0]]), (10, 10))
+    assert unit[0, 0] < torch.inf
+    assert bool(unit[1, 0].isinf())
+    assert bool(unit[:, 1:].isinf().all())
+
+
+@pytest.fixture
+def products() -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, planes.Packed, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for layer, name in ((0, "q"), (0, "down"), (HEAD, "head")):
+        weight = torch.randn(100, 80, generator=generator)
+        x = torch.randn(400, 80, generator=generator) * torch.rand(80, generator=generator) + 0.3
+        found[layer, name] = x, weight, round_nearest(weight, 6), torch.rand(100, generator=generator)
+    return found
+
+
+def test_theta_meets_the_budget_that_is_then_read(products) -> None:
+    readings = {key: reading_of(*values) for key, values in products.items()}
+    for bits in (1.5, 3.0, 4.5):
+        solution = solution_of(readings, bits)
+        assert solution.facts["bits_read"] == pytest.approx(bits, abs=1e-6)
+        read = weights = 0.0
+        for (layer, name), (x, weight, packed, _) in products.items():
+            if layer == HEAD:
+                assert "head.level_threshold" in solution.rules
+                continue
+            site = f"layers.{layer}.{name}"
+            levels = planes.levels_read(
+                x, solution.rules[f"{site}.level_threshold"], solution.rules[f"{site}.center"]
+            ).long()
+            cost = torch.tensor([0, *packed.level_bytes]).cumsum(0)
+            read += float(cost[levels].double().sum()) * 8 / len(x)
+            weights += weight.numel()
+        assert read / weights == pytest.approx(bits, abs=0.03)
+
+
+def test_more_sensitive_outputs_get_more_bits(products) -> None:
+    x, weight, packed, sensitivity = products[0, "q"]
+    readings = {
+        (0, "q"): reading_of(x, weight, packed, sensitivity),
+        (0, "k"): reading_of(x, weight, packed, 100 * sensitivity),
+    }
+    theta = choose_theta(readings, 3.0)
+    assert readings[0, "k"].bits(theta) > readings[0, "q"].bits(theta) + 1
+
+
+def test_budgets_out_of_reach_are_refused(products) -> None:
+    readings = {key: reading_of(*values) for key, values in products.items()}
+    for bits in (0.0, 9.9, float("nan")):
+        with pytest.raises(MethodError, match="bits read is"):
+            choose_theta(readings, bits)
+
+
+def test_residuals_at_level_zero_are_the_column(products) -> None:
+    _, weight, packed, sensitivity = products[0, "q"]
+    torch.testing.assert_close(residuals(weight, packed, sensitivity)[0], (weight**2 * sensitivity[:, None]).sum(0))
