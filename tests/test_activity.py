@@ -63,3 +63,17 @@ def test_what_is_not_finite_is_refused(tiny: Callable[..., Any]) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
     with pytest.raises(CalibrationError, match="NaN or infinite"):
         next(activities(model, torch.randint(1, 4096, (2, 16))))
+
+
+def test_a_later_call_goes_on_where_one_stopped(tiny: Callable[..., Any]) -> None:
+    model = tiny("llama")
+    tokens = torch.randint(1, 4096, (3, 16))
+    whole = list(activities(model, tokens))
+    done: list[int] = []
+    rest = list(activities(model, tokens, start=(1, whole[1].gradients), done_with=done.append))
+    assert [found.layer for found in rest] == [0]
+    assert done == [0, 0]
+    for name, sensitivity in whole[2].sensitivity.items():
+        assert torch.equal(rest[0].sensitivity[name], sensitivity)
+    from_head = list(activities(model, tokens, start=(HEAD, whole[0].gradients)))
+    assert [found.layer for found in from_head] == [1, 0]

@@ -38,22 +38,30 @@ class Activity:
         layer: index of the layer.
         inputs: float32 [T, I]; projections that share an input share the tensor.
         sensitivity: float32 [O], the mean over tokens of the squared gradient of the summed loss by each output.
+        gradients: of the loss by what goes into the layer, a tensor a batch: where a later call can go on from.
     """
 
     layer: int
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     sensitivity: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: list[torch.Tensor] = field(default_factory=list)
 
 
 def activities(
-    model: Any, tokens: torch.Tensor, *, head: bool = True, progress: Progress | None = None
+    model: Any,
+    tokens: torch.Tensor,
+    *,
+    start: tuple[int, list[torch.Tensor]] | None = None,
+    done_with: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Activity]:
-    """The activity of every layer, last to first; before them that of the output head, if ``head``.
+    """The activity of the output head, then that of every layer, last to first.
 
     Args:
         model: a dense Hugging Face causal language model.
         tokens: int64 [W, L].
-        head: whether the head's own activity is wanted.
+        start: go on with the layer before this one, whose ``gradients`` these are.
+        done_with: called with a layer's index whenever its weights are not needed for a while.
         progress: called after every batch.
 
     Raises:
@@ -78,17 +86,21 @@ def activities(
     try:
         recordings = []
         for batch in batches:
-            recordings.append(_record(model, layers, batch.to(model.device)))
+            recordings.append(_record(model, layers, batch.to(model.device), done_with))
             tick(batch, len(layers))
-        listener = _Listener(HEAD, {"head": model.get_output_embeddings()} if head else {})
-        gradients = []
-        for batch, recording in zip(batches, recordings, strict=True):
-            with listener:
-                gradients.append(_loss_gradient(model, recording, batch.to(model.device)))
-            tick(batch)
-        if head:
-            yield listener.activity()
-        for index in reversed(range(len(layers))):
+        if start is None:
+            listener = _Listener(HEAD, {"head": model.get_output_embeddings()})
+            gradients = []
+            for batch, recording in zip(batches, recordings, strict=True):
+                with listener:
+                    gradients.append(_loss_gradient(model, recording, batch.to(model.device)))
+                tick(batch)
+            yield listener.activity(gradients)
+            after = len(layers)
+        else:
+            after, gradients = start[0] if start[0] != HEAD else len(layers), list(start[1])
+            done += (1 + len(layers) - after) * tokens.numel()
+        for index in reversed(range(after)):
             listener = _Listener(
                 index, {name: layers[index].linear(name) for name, _ in layers[index].family.projections}
             )
@@ -96,7 +108,9 @@ def activities(
                 with listener:
                     gradients[number] = recording.backward(layers[index].module, index, gradients[number])
                 tick(batch)
-            yield listener.activity()
+            yield listener.activity(gradients)
+            if done_with:
+                done_with(index)
     finally:
         for parameter, wanted in required:
             parameter.requires_grad_(wanted)
@@ -121,13 +135,17 @@ class _Recording:
         return leaf.grad
 
 
-def _record(model: Any, layers: list[sites.LayerSites], batch: torch.Tensor) -> _Recording:
+def _record(
+    model: Any, layers: list[sites.LayerSites], batch: torch.Tensor, done_with: Callable[[int], None] | None
+) -> _Recording:
     calls: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[torch.Tensor] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not args or not isinstance(args[0], torch.Tensor):
             raise CalibrationError("a decoder layer is not called with its hidden states first: transformers changed")
+        if calls and done_with:
+            done_with(len(calls) - 1)
         calls.append((args[0], args[1:], dict(kwargs)))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -205,8 +223,8 @@ class _Listener:
 
         return after
 
-    def activity(self) -> Activity:
-        found = Activity(self._layer)
+    def activity(self, gradients: list[torch.Tensor]) -> Activity:
+        found = Activity(self._layer, gradients=list(gradients))
         shared: dict[tuple[int, ...], torch.Tensor] = {}
         for name, parts in self._inputs.items():
             key = tuple(part.data_ptr() for part in parts)
