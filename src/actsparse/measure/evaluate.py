@@ -25,6 +25,7 @@ from actsparse.models import sites, text
 from actsparse.plan import Plan
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import Meter, SparseFFN
+from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.swap import attach_meter, restore, sparsify, state_of
 
 BATCH_TOKENS = 2048
@@ -211,13 +212,13 @@ def weights_read(model: Any, meter: Meter | None = None) -> WeightsRead:
 
 
 def _weights(product: Any) -> int:
-    if isinstance(product, GradedLinear):
+    if isinstance(product, GradedLinear | PackedLinear):
         return product.in_features * product.out_features
     return int(product.weight.numel())
 
 
 def _stored_bytes(product: Any) -> int:
-    if isinstance(product, GradedLinear):
+    if isinstance(product, GradedLinear | PackedLinear):
         return product.packed.nbytes
     return int(product.weight.numel() * product.weight.element_size())
 

@@ -52,6 +52,13 @@ def open_tokenizer(name: str) -> Any:
         raise ModelError(f"tokenizer of {name} cannot be loaded: {_first_line(error)}") from None
 
 
+def materialise_buffers(model: Any) -> None:
+    """Make the modules of a model from the meta device again whose buffers are computed (the rotary embedding's)."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(config=model.config))
+
+
 @contextlib.contextmanager
 def _no_loading_bar() -> Iterator[None]:
     """Keep transformers' bar over tensors, which is gone in a blink, off the terminal."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from actsparse.models import sites
+from actsparse.models import opening, sites
 from actsparse.models.sites import ModelError
 
 _ATTRIBUTE = "actsparse_mapped"
@@ -122,7 +122,7 @@ def open_mapped(directory: str) -> Any:
     if empty or unexpected:
         wrong = f"lacks {empty[0]}" if empty else f"holds {unexpected[0]}, which the model does not know"
         raise ModelError(f"checkpoint {directory} {wrong}")
-    _materialise_buffers(model)
+    opening.materialise_buffers(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     setattr(model, _ATTRIBUTE, mapped)
@@ -132,10 +132,3 @@ def open_mapped(directory: str) -> Any:
 
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.eval()
-
-
-def _materialise_buffers(model: Any) -> None:
-    """Make the modules again whose buffers are computed and not stored (the rotary embedding's frequencies)."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            model.set_submodule(name, type(module)(config=model.config))

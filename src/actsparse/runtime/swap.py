@@ -12,6 +12,7 @@ from actsparse import kernels
 from actsparse.methods import prompt_rule
 from actsparse.methods.rounding import round_nearest
 from actsparse.models import opening, sites
+from actsparse.models.sites import ModelError
 from actsparse.plan import ModelIdentity, Plan, PlanError
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import (
@@ -27,6 +28,7 @@ from actsparse.runtime.layers import (
     lay_rows,
 )
 from actsparse.runtime.lowmemory import MappedWeights, mapped_weights, open_mapped
+from actsparse.runtime.packed import PackedLinear, is_packed, open_packed
 from actsparse.runtime.prompts import PromptFFN, Prompts
 
 _ATTRIBUTE = "actsparse_state"
@@ -69,7 +71,7 @@ def sparsify(model: Any, plan: Plan | str | os.PathLike[str], *, scope: str | No
     plan.check_model(ModelIdentity(**sites.describe(model)))
     rule = prompt_rule(plan) if plan.prompt else None
     if rule is not None and not sites.family_of(model).gated:
-        raise sites.ModelError(f"family {model.config.model_type} has no gated FFN: {plan.method} is for gated ones")
+        raise ModelError(f"family {model.config.model_type} has no gated FFN: {plan.method} is for gated ones")
     # Only now: a plan that is refused leaves the model as it was.
     restore(model)
     state = State(plan, [], [], [])
@@ -122,11 +124,24 @@ def load(
 
     ``low_memory`` (a directory, weights as stored) keeps feed-forward weights in their files: :mod:`.lowmemory`.
     """
-    model = open_mapped(name) if low_memory else opening.open_model(name, dtype)
+    model = open_mapped(name) if low_memory else open_model(name, dtype)
     tokenizer = opening.open_tokenizer(name)
     if plan is not None:
         sparsify(model, plan, **options)
     return model, tokenizer
+
+
+def open_model(name: str, dtype: str = "auto") -> Any:
+    """The model ``name``, dense; a packed directory's comes under its own plan.
+
+    As :func:`actsparse.models.opening.open_model`, which opens what is not packed; PlanError for a packed directory's bad plan.
+    """
+    if not is_packed(name):
+        return opening.open_model(name, dtype)
+    if dtype != "auto":
+        raise ModelError(f"dtype is {dtype}, {name} is packed: expected auto")
+    model, plan = open_packed(name)
+    return sparsify(model, plan)
 
 
 def state_of(model: Any) -> State | None:
@@ -190,13 +205,20 @@ def _grade_layer(state: State, layer: sites.LayerSites, plan: Plan) -> None:
     for name, path in layer.family.projections:
         site = f"layers.{layer.index}.{name}"
         if f"{site}.level_threshold" in plan.rules:
-            linear = layer.linear(name)
+            linear = layer.product(name)
             _replace(state, layer, path, linear, _graded(linear, site, plan))
 
 
 def _graded(linear: Any, site: str, plan: Plan) -> GradedLinear:
     threshold, center = plan.rules[f"{site}.level_threshold"], plan.rules[f"{site}.center"]
-    packed = round_nearest(linear.weight.detach(), 2 * len(threshold))
+    if isinstance(linear, PackedLinear):
+        packed = linear.packed
+        if len(threshold) != len(packed.planes):
+            raise PlanError(f"{site} stores {packed.stored} bits, the plan's thresholds are for {2 * len(threshold)}")
+    elif type(linear) is nn.Linear:
+        packed = round_nearest(linear.weight.detach(), 2 * len(threshold))
+    else:
+        raise ModelError(f"{site} is a {type(linear).__name__}, expected nn.Linear")
     return GradedLinear(packed, linear.bias, site, threshold, center, plan.scope)
 
 

@@ -1,0 +1,325 @@
+"""Packing: from a Hugging Face model to a directory of nested low-bit codes and the plan to read them, in one run.
+
+The model's files are mapped, and its layers visited from the last to the first with the loss's gradients
+(:mod:`.activity`): each layer's matrices are rounded, with the error fed back to the columns not yet rounded, and written
+before the next is touched.  What every threshold hangs on, theta, is known when all layers are done.
+
+A run that was killed goes on after the last whole layer, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from actsparse.calibration.activity import HEAD, Activity, Progress, activities
+from actsparse.calibration.collect import load_calibration_windows
+from actsparse.kernels.planes import STORED, Packed
+from actsparse.methods.base import MethodError
+from actsparse.methods.feedback import energy_shares, round_with_feedback
+from actsparse.methods.graded import DENSE_BITS, Reading, choose_theta, reading_of, solution_of
+from actsparse.methods.rounding import round_nearest
+from actsparse.models import opening, sites, text
+from actsparse.models.sites import ModelError
+from actsparse.plan import ModelIdentity, Plan, atomic_path
+from actsparse.runtime.lowmemory import MappedWeights, open_mapped
+from actsparse.runtime.packed import FORMAT, FORMAT_VERSION, PLAN, SHARDS, is_packed, tensors_of
+
+# What the presets read, in bits per weight (docs/graded.md says what each costs).
+QUALITIES = {"near-lossless": 4.0, "balanced": 3.0, "fast": 2.5}
+TOKENS = 4096
+WINDOW = 512
+DEFAULT_TEXT = Path(__file__).parent / "default.jsonl"
+# Raise it when the same inputs give other bytes.
+_RECIPE = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to pack.
+
+    Attributes:
+        bits_stored: 4, 6 or 8.
+        bits_read: bits read per weight of the decoder layers' matrices, scales included.
+        text: calibration text; None for the one that comes with the package.
+        tokens: how many of its tokens.
+    """
+
+    bits_stored: int = 6
+    bits_read: float = QUALITIES["balanced"]
+    text: str | None = None
+    tokens: int = TOKENS
+
+    def check(self) -> None:
+        """MethodError for values out of range."""
+        if self.bits_stored not in STORED:
+            raise MethodError(f"bits stored is {self.bits_stored}, expected 4, 6 or 8")
+        if not 0 < self.bits_read <= self.bits_stored + 1:
+            raise MethodError(
+                f"bits read is {self.bits_read:g}, expected more than 0 and at most the {self.bits_stored} stored "
+                "(and scales)"
+            )
+
+
+def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progress: Progress | None = None) -> Plan:
+    """Pack the model ``name`` (a directory or a hub id) into the directory ``output``; returns the plan in it.
+
+    Args:
+        name: a dense model.
+        output: a directory that does not exist yet; it appears whole or not at all.  Beside it lies ``.NAME.packing`` with the
+            layers that are done, until then.
+        settings: how.
+        progress: called after every batch.
+
+    Raises:
+        ModelError, MethodError, TextError, CalibrationError, PlanError: with one line that names what was wrong.
+    """
+    settings.check()
+    target = Path(output)
+    if target.exists():
+        raise ModelError(f"{target} exists, expected a new directory")
+    if is_packed(name):
+        raise ModelError(f"model {name} is packed already, expected a dense one")
+    source = Path(opening.local_directory(name))
+    model, release = _open(source)
+    tokenizer = opening.open_tokenizer(str(source))
+    windows = load_calibration_windows(
+        model,
+        tokenizer,
+        settings.text or str(DEFAULT_TEXT),
+        tokens=settings.tokens,
+        window=None,
+        packing="packed",
+        default=WINDOW,
+    )
+    run = _Run(model, windows, settings, target.parent / f".{target.name}.packing")
+    _check_room(target, run.expected_bytes())
+    readings = run.layers(release, progress)
+    plan = run.plan(readings)
+    run.finish(source, plan, target)
+    return plan
+
+
+def _open(source: Path) -> tuple[Any, Any]:
+    """The model with every matrix a view of its mapped files, and a function that lets a layer's pages go."""
+    if not any(source.glob("*.safetensors")):
+        return opening.open_model(str(source)), lambda index: None
+    model = open_mapped(str(source), everything=True)
+    mapped: MappedWeights = model.actsparse_mapped
+    layers = sites.layers_of(model)
+    releasers = [mapped.releaser(list(layer.module.parameters())) for layer in layers]
+    return model, lambda index: releasers[index]()
+
+
+class _Run:
+    """The layers of one model, done one by one in a folder of their own."""
+
+    def __init__(self, model: Any, windows: text.Windows, settings: Settings, folder: Path) -> None:
+        self._model, self._windows, self._settings, self._folder = model, windows, settings, folder
+        self._layers = sites.layers_of(model)
+        self.identity = ModelIdentity(**sites.describe(model))
+        for layer in self._layers:
+            for projection, _ in layer.family.projections:
+                layer.linear(projection)  # ModelError for anything but a dense linear layer
+
+    def expected_bytes(self) -> int:
+        """About what the packed directory takes."""
+        return sum(p.numel() for p in self._model.parameters()) * (self._settings.bits_stored + 1) // 8
+
+    def layers(self, release: Any, progress: Progress | None) -> dict[tuple[int, str], Reading]:
+        """Every product's reading, rounding and writing the layers that are not done yet."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        key = self._folder / "key.json"
+        if not key.is_file() or key.read_text(encoding="utf-8") != self._key():
+            shutil.rmtree(self._folder)
+            self._folder.mkdir()
+            with atomic_path(key) as temporary:
+                Path(temporary).write_text(self._key(), encoding="utf-8")
+        order = [HEAD, *reversed(range(len(self._layers)))]
+        done = 0
+        while done < len(order) and self._state(order[done]).is_file():
+            done += 1
+        if done < len(order):
+            start = None if done == 0 else (order[done - 1], self._gradients(order[done - 1]))
+            found = activities(self._model, self._windows.tokens, start=start, done_with=release, progress=progress)
+            for activity in found:
+                self._do(activity)
+        return {key: reading for index in order for key, reading in self._readings(index)}
+
+    def plan(self, readings: dict[tuple[int, str], Reading]) -> Plan:
+        """The plan at the settings' budget."""
+        ordered = dict(sorted(readings.items(), key=lambda item: (item[0][0] == HEAD, item[0])))
+        solution = solution_of(ordered, self._settings.bits_read)
+        return Plan(
+            method="graded",
+            sparsity=1 - self._settings.bits_read / DENSE_BITS,
+            model=self.identity,
+            rules=solution.rules,
+            settings={"bits_stored": self._settings.bits_stored, "rounding": "feedback", **solution.facts},
+            text=self._windows.describe(),
+            achieved=solution.achieved,
+            version=importlib.metadata.version("actsparse"),
+        )
+
+    def finish(self, source: Path, plan: Plan, target: Path) -> None:
+        """Complete the folder and give it its name."""
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = {
+            "quant_method": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "bits_stored": self._settings.bits_stored,
+            "shards": len(self._layers) + 1,
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+        }
+        for file in source.iterdir():
+            if (
+                file.is_file()
+                and file.suffix in (".json", ".jinja", ".model", ".txt")
+                and "safetensors" not in file.name
+            ):
+                shutil.copyfile(file, self._folder / file.name)
+        (self._folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        plan.save(self._folder / PLAN)
+        for index in (HEAD, *range(len(self._layers))):
+            self._state(index).unlink()
+        (self._folder / "key.json").unlink()
+        os.replace(self._folder, target)
+
+    def _do(self, activity: Activity) -> None:
+        """Round, write and remember one layer; the head's file also takes what is not packed."""
+        tensors: dict[str, torch.Tensor] = {}
+        state: dict[str, torch.Tensor] = {}
+        for names, x in _by_input(activity.inputs):
+            center = x.mean(0)
+            deviation = x - center
+            hessian = deviation.T @ deviation / len(deviation)
+            for name in names:
+                weight = self._weight(activity.layer, name)
+                packed, reading = self._round(weight, deviation, hessian, activity.sensitivity[name], center)
+                path = self._path(activity.layer, name)
+                tensors |= {f"{path}.{part}": tensor for part, tensor in tensors_of(packed).items()}
+                state |= {f"{name}.{part}": tensor for part, tensor in reading.state().items()}
+        tensors |= self._unpacked(activity.layer)
+        state |= {f"gradient.{number}": gradient for number, gradient in enumerate(activity.gradients)}
+        # The state last: it is what says that the layer is done.
+        for path_, content in ((self._shard(activity.layer), tensors), (self._state(activity.layer), state)):
+            with atomic_path(path_) as temporary:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in content.items()}, temporary)
+
+    def _round(
+        self,
+        weight: torch.Tensor,
+        deviation: torch.Tensor,
+        hessian: torch.Tensor,
+        sensitivity: torch.Tensor,
+        center: torch.Tensor,
+    ) -> tuple[Packed, Reading]:
+        stored, bits = self._settings.bits_stored, self._settings.bits_read
+        nearest = round_nearest(weight, stored)
+        zero = torch.zeros_like(center)
+        # How deep columns are read is known only when all layers are: the shares are taken as if this product read on its own
+        # what the whole model reads on average.
+        guess = reading_of(deviation, weight, nearest, sensitivity, zero)
+        most = guess.bits(2.0**-60)
+        theta = choose_theta({(0, ""): guess}, min(bits, most))
+        shares = energy_shares(deviation, guess.unit.to(weight.device) * theta)
+        packed, stood = round_with_feedback(weight, stored, hessian, shares)
+        reading = reading_of(deviation, stood, packed, sensitivity, zero)
+        reading.center = center.cpu()
+        return packed, reading
+
+    def _weight(self, layer: int, name: str) -> torch.Tensor:
+        product = self._model.get_output_embeddings() if layer == HEAD else self._layers[layer].linear(name)
+        weight: torch.Tensor = product.weight.detach().float()
+        return weight
+
+    def _path(self, layer: int, name: str) -> str:
+        """The name of a product's module in the model."""
+        wanted = self._model.get_output_embeddings() if layer == HEAD else self._layers[layer].linear(name)
+        return next(path for path, module in self._model.named_modules() if module is wanted)
+
+    def _unpacked(self, layer: int) -> dict[str, torch.Tensor]:
+        """The tensors of a layer, or of everything outside the layers, that are not packed matrices."""
+        packed = {self._path(index, name) for index in self._products() for name in self._products()[index]}
+        inside = {
+            name
+            for other in self._layers
+            for name, _ in self._model.named_parameters(remove_duplicate=False)
+            if name.startswith(self._prefix(other.index))
+        }
+        found = {}
+        for name, tensor in self._model.state_dict().items():
+            owner = name.rpartition(".")[0]
+            if owner in packed and name.endswith(".weight"):
+                continue
+            here = name.startswith(self._prefix(layer)) if layer != HEAD else name not in inside
+            if here:
+                found[name] = tensor.detach().clone()
+        return found
+
+    def _prefix(self, layer: int) -> str:
+        wanted = self._layers[layer].module
+        return next(path for path, module in self._model.named_modules() if module is wanted) + "."
+
+    def _products(self) -> dict[int, list[str]]:
+        return {HEAD: ["head"], **{l.index: [name for name, _ in l.family.projections] for l in self._layers}}
+
+    def _shard(self, layer: int) -> Path:
+        return self._folder / SHARDS.format(layer + 1)
+
+    def _state(self, layer: int) -> Path:
+        return self._folder / f"state-{layer + 1:05d}.safetensors"
+
+    def _readings(self, layer: int) -> Iterator[tuple[tuple[int, str], Reading]]:
+        with safe_open(self._state(layer), framework="pt") as file:
+            for name in self._products()[layer]:
+                parts = {part: file.get_tensor(f"{name}.{part}") for part in ("center", "unit", "counts", "size")}
+                yield (layer, name), Reading(**parts)
+
+    def _gradients(self, layer: int) -> list[torch.Tensor]:
+        try:
+            with safe_open(self._state(layer), framework="pt") as file:
+                count = sum(name.startswith("gradient.") for name in file.keys())  # noqa: SIM118
+                return [file.get_tensor(f"gradient.{number}").to(self._model.device) for number in range(count)]
+        except SafetensorError as error:
+            raise ModelError(
+                f"{self._state(layer)} is damaged ({error}): remove {self._folder} and start again"
+            ) from None
+
+    def _key(self) -> str:
+        """What an unfinished run must share with this one to be continued."""
+        settings = self._settings
+        parts: Sequence[Any] = [
+            _RECIPE, self.identity.fingerprint, self._windows.digest, settings.bits_stored, settings.bits_read,
+            str(self._model.dtype), importlib.metadata.version("actsparse"),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest() + "\n"
+
+
+def _by_input(inputs: dict[str, torch.Tensor]) -> list[tuple[list[str], torch.Tensor]]:
+    """Products grouped by the input they share."""
+    groups: dict[int, tuple[list[str], torch.Tensor]] = {}
+    for name, x in inputs.items():
+        groups.setdefault(id(x), ([], x))[0].append(name)
+    return list(groups.values())
+
+
+def _check_room(target: Path, needed: int) -> None:
+    """ModelError unless the directory's disk has room; found out before the minutes of work, not after."""
+    parent = target.parent
+    if not parent.is_dir():
+        raise ModelError(f"cannot write {target}: {parent} is no directory")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ModelError(f"{target} needs about {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")

@@ -1,0 +1,167 @@
+"""Packed directories: a model whose matrices are nested low-bit codes, with the plan that says how deep to read them.
+
+::
+
+    config.json ...              as the model had them; config.json gains ``quantization_config`` (``quant_method`` actsparse)
+    plan.safetensors             the plan, made for the packed weights
+    actsparse-00000.safetensors  ... one file per decoder layer, one for everything else
+
+A packed matrix stands as three tensors under its module's name: ``codes`` uint8 [I, G + 8 G S] (a column's mantissas, then its
+planes), ``scale`` bfloat16 [I] and ``gain`` float32 [L]; everything else (embeddings, norms, biases) under its own.  The format
+of codes is :mod:`actsparse.kernels.planes`'.
+
+Shape letters: I inputs, O outputs, G groups of 64 outputs, S bits stored, L = S/2 levels.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn import functional as F
+
+from actsparse import kernels
+from actsparse.kernels.planes import GROUP, Packed, groups_of
+from actsparse.models import opening, sites
+from actsparse.models.sites import ModelError
+from actsparse.plan import Plan
+
+FORMAT = "actsparse"
+FORMAT_VERSION = 1
+PLAN = "plan.safetensors"
+SHARDS = "actsparse-{:05d}.safetensors"
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a packed weight, every plane of it: plain quantisation.
+
+    Args:
+        packed: the weight.
+        bias: [O] or None.
+    """
+
+    def __init__(self, packed: Packed, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.in_features, self.out_features = packed.inputs, packed.out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = kernels.planes.unpack(self.packed, None, x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.stored} bits stored"
+
+
+def is_packed(name: str) -> bool:
+    """Whether ``name`` is a packed directory."""
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def tensors_of(packed: Packed) -> dict[str, torch.Tensor]:
+    """A packed matrix as the tensors that a directory stores."""
+    codes = torch.cat([packed.mantissa, *packed.planes], 1).contiguous()
+    return {"codes": codes, "scale": packed.scale.contiguous(), "gain": packed.gain.contiguous()}
+
+
+def packed_from(codes: torch.Tensor, scale: torch.Tensor, gain: torch.Tensor, out: int) -> Packed:
+    """The matrix of :func:`tensors_of`; ValueError when shapes, types or values are not of the format."""
+    groups, levels = groups_of(out), gain.numel()
+    width = groups + levels * groups * GROUP // 4
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] != width:
+        raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}, expected uint8 [I, {width}] for {out} outputs")
+    planes = codes[:, groups:].unflatten(1, (levels, groups * GROUP // 4)).unbind(1)
+    packed = Packed(out, codes[:, :groups], tuple(planes), scale, gain)
+    packed.check()
+    return packed
+
+
+def open_packed(name: str) -> tuple[Any, Plan]:
+    """The model of a packed directory, reading every plane, and its plan.
+
+    Raises:
+        ModelError: a file is missing or damaged, or tensors do not fit the configuration.
+        PlanError: its plan is missing, damaged, or for other weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = Path(name)
+    config = AutoConfig.from_pretrained(name)
+    about = config.quantization_config
+    if about.get("format_version") != FORMAT_VERSION:
+        raise ModelError(f"{name} has packed format {about.get('format_version')!r}, expected {FORMAT_VERSION}")
+    plan = Plan.load(directory / PLAN)
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, str(about.get("dtype")), torch.bfloat16))
+    tensors = _read(directory, about.get("shards"))
+    try:
+        _fill(model, tensors)
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}") from None
+    opening.materialise_buffers(model)
+    sites.set_fingerprint(model, plan.model.fingerprint)
+    if (directory / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval(), plan
+
+
+def _read(directory: Path, count: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(count, int) or not 0 < count < 100_000:
+        raise ModelError(f"{directory}/config.json names {str(count)[:24]} shards, expected a number")
+    tensors: dict[str, torch.Tensor] = {}
+    for number in range(count):
+        path = directory / SHARDS.format(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise ModelError(f"packed model {directory} lacks {path.name}") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(f"{path} is truncated or damaged: {error}") from None
+    return tensors
+
+
+def _fill(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the tensors into a model made on the meta device; ValueError for one that is missing, foreign or does not fit."""
+    rest = dict(tensors)
+    names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
+    for name in names:
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"tensor {name}.codes belongs to no module of the model") from None
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"tensor {name}.codes belongs to a {type(linear).__name__}, expected a linear layer")
+        parts = [rest.pop(f"{name}.{part}", None) for part in ("codes", "scale", "gain")]
+        if any(part is None for part in parts):
+            raise ValueError(f"{name} is incomplete, expected codes, scale and gain")
+        try:
+            packed = packed_from(*[part for part in parts if part is not None], linear.out_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if packed.inputs != linear.in_features:
+            raise ValueError(f"{name} has {packed.inputs} columns, expected {linear.in_features}")
+        bias = rest.pop(f"{name}.bias", None)
+        if (bias is None) != (linear.bias is None):
+            raise ValueError(f"{name} {'lacks' if bias is None else 'has'} a bias, against the configuration")
+        model.set_submodule(name, PackedLinear(packed, bias))
+    found = model.load_state_dict(rest, strict=False, assign=True)
+    if found.unexpected_keys:
+        raise ValueError(f"holds {found.unexpected_keys[0]}, which the model does not know")
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(f"lacks {empty[0]}")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
