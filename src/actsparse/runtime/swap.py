@@ -27,7 +27,8 @@ from actsparse.runtime.layers import (
     lay_rows,
 )
 from actsparse.runtime.lowmemory import MappedWeights, mapped_weights, open_mapped
-from actsparse.runtime.prompts import PromptFFN, Prompts
+from actsparse.runtime.prompt_ffn import PromptFFN
+from actsparse.runtime.prompts import Prompts
 
 _ATTRIBUTE = "actsparse_state"
 
@@ -132,6 +133,12 @@ def load(
 def state_of(model: Any) -> State | None:
     """What was done to ``model``, or None for a dense one."""
     return getattr(model, _ATTRIBUTE, None)
+
+
+def prompts_of(model: Any) -> Prompts | None:
+    """The sessions of a model whose neurons are chosen per prompt, None for any other."""
+    state = state_of(model)
+    return state.prompts if state else None
 
 
 def attach_meter(model: Any, meter: Meter | None) -> None:
