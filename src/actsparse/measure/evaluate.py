@@ -140,7 +140,9 @@ def check_skipped(plan: Plan, meter: Meter) -> None:
     if not plan.rules and not plan.prompt:
         return
     if not meter.seen:
-        raise PlanError(f"plan of method {plan.method}: its rules were applied to no token, so that the model ran dense")
+        raise PlanError(
+            f"plan of method {plan.method}: its rules were applied to no token, so that the model ran dense"
+        )
     expected = max(plan.achieved.values(), default=plan.sparsity)
     if expected >= LEAST_SKIPPED and not any(value > 0 for value in meter.sparsity().values()):
         raise PlanError(

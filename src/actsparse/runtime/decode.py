@@ -107,14 +107,17 @@ class Decoder:
         if len(dtypes) > 1 or not dtypes <= set(kernels.cpu.DTYPES):
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             return f"weights are {names}, expected all float32, all bfloat16 or all float16"
-        if _window(model.config) is None:
+        window = _window(model.config)
+        if window is None:
             return "its layers mix sliding and full attention"
+        if not window and any(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
+            return "its layers have a sliding window that its configuration does not show as expected"
         rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope in _CHANGING_ROPES:
             return f"rope type {rope} changes with the length of the text"
         if 2 * model.get_decoder().rotary_emb.inv_freq.numel() != _heads(model.config)[2]:
             return "its rotary embedding does not cover the whole head"
-        return _foreign_module(model)
+        return _foreign_module(model) or _misread_heads(model)
 
     def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run ``tokens`` (int64 [T]) after what the cache holds; returns the last one's logits, float32 [V].
@@ -223,6 +226,17 @@ def _heads(config: Any) -> tuple[int, int, int]:
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
+def _misread_heads(model: Any) -> str | None:
+    """How the projections' shapes contradict the heads that the configuration shows, in words."""
+    heads, kv_heads, head_dim = _heads(model.config)
+    for layer in sites.layers_of(model):
+        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            rows = layer.weight(name).shape[0]
+            if rows != count * head_dim:
+                return f"layer {layer.index} {name} has {rows} rows, expected {count} heads of {head_dim}"
+    return None
+
+
 def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tensor) -> kernels.Layer:
     paths, family = dict(layer.family.projections), layer.family
     attention: dict[str, Any] = {name: layer.module.get_submodule(paths[name]) for name in sites.ATTENTION_PROJECTIONS}
@@ -280,8 +294,19 @@ def _window(config: Any) -> int | None:
 
 
 def _foreign_module(model: Any) -> str | None:
-    """What stands where a plain or a sparse layer was expected (a quantised one, an adapter), in words."""
+    """What a layer has that is not known, or has in place of a plain or sparse one (a quantised one, an adapter), in words."""
     for layer in sites.layers_of(model):
+        family = layer.family
+        known = {
+            *(path for _, path in family.projections),
+            family.input_norm,
+            family.post_norm,
+            family.q_norm,
+            family.k_norm,
+        }
+        for name, _ in layer.module.named_parameters():
+            if name.rpartition(".")[0] not in known:
+                return f"layer {layer.index} has a parameter {name}, which the native decode step does not know"
         sparse_ffn = isinstance(layer.ffn, SparseFFN)
         for name, path in layer.family.projections:
             module = layer.module.get_submodule(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -185,7 +186,7 @@ def _sparsify_layer(state: State, layer: sites.LayerSites, plan: Plan, activatio
     middle, last = layer.module.get_submodule(family.activation_module), linears["down"][1]
     block = nn.Sequential(layer.ffn, middle, last)
     plain = SparsePlainFFN(block, linears, site, activation, rules, plan.scope)
-    state.handles.append(layer.module.register_forward_pre_hook(plain.note_tokens, with_kwargs=True))
+    state.handles.append(layer.module.register_forward_pre_hook(partial(_note_tokens, plain), with_kwargs=True))
     _replace(state, layer, family.ffn, layer.ffn, plain)
     for path, old, new in ((family.activation_module, middle, nn.Identity()), (paths["down"], last, Passed(last))):
         layer.replace(path, new)
@@ -205,6 +206,10 @@ def _graded(linear: Any, site: str, plan: Plan) -> GradedLinear:
     threshold, center = plan.rules[f"{site}.level_threshold"], plan.rules[f"{site}.center"]
     packed = round_nearest(linear.weight.detach(), 2 * len(threshold))
     return GradedLinear(packed, linear.bias, site, threshold, center, plan.scope)
+
+
+def _note_tokens(plain: SparsePlainFFN, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    plain.note_tokens(sites.hidden_of(args, kwargs).shape[-2])
 
 
 def _choose_by_prompt(
