@@ -190,6 +190,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     decoders["dense"].prefill(tokens)
     sparsify(model, plan)
     prompts = state_of(model).prompts
+    # Strides differ with ``gather``: one for the whole prompt, so that rounding cannot make the sets differ.
+    prompts.rule.block = options.prompt + 1
     for name, gather in (("index lists", False), ("copies", True)):
         prompts.gather = gather
         decoders[name] = Decoder(model, length)

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 
 from actsparse.models.sites import ModelError
 
@@ -72,7 +72,8 @@ def cut(cache: Cache, position: int) -> None:
     """Let ``cache`` forget everything from ``position`` on; ModelError when it cannot be taken back."""
     length = int(cache.get_seq_length())
     try:
-        if position == 0:
+        if position == 0 and isinstance(cache, StaticCache):
+            # Other kinds keep zeros of the old length in some releases.
             cache.reset()
         elif position < length:
             cache.crop(position - length)
