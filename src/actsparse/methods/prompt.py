@@ -37,7 +37,7 @@ class PromptRule(ABC):
     """
 
     # Sums over a text are kept every so many tokens, so that any beginning of it can be taken up again.
-    block = 128
+    block = 256
     # Whether the choice compares a text's two halves.
     halves = False
 

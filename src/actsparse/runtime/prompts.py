@@ -97,7 +97,7 @@ class Prompts:
         More where a forward costs much beside its tokens: off the CPU, and where weights are paged in from their file.
         """
         device = self.modules[0].projection("up").weight.device
-        return self.rule.block if device.type == "cpu" and not self.gather else 4 * self.rule.block
+        return self.rule.block if device.type == "cpu" and not self.gather else 2 * self.rule.block
 
     def session(self, cache: Any) -> Session | None:
         """The session that lives on ``cache``, if this model made it."""
