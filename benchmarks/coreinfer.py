@@ -32,11 +32,12 @@ from transformers import DynamicCache
 from actsparse import calibrate, kernels, restore, sparsify
 from actsparse.measure.bench.shapes import config_of, random_model
 from actsparse.methods.prompt import Choice, PromptRule, best
-from actsparse.models import opening, text
+from actsparse.models import caches, opening, text
 from actsparse.plan import Plan
 from actsparse.runtime.decode import Decoder
 from actsparse.runtime.lowmemory import open_mapped
-from actsparse.runtime.swap import state_of
+from actsparse.runtime.prompts import read
+from actsparse.runtime.swap import prompts_of, state_of
 
 BETAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 SHORT = (8, 16, 64)
@@ -55,7 +56,7 @@ class Fixed(PromptRule):
         return values.new_zeros(1, values.shape[1], dtype=torch.float32)
 
     def choose(self, scores: Mapping[int, torch.Tensor]) -> Choice:
-        source = self._scores or {layer: torch.rand_like(score[0]) for layer, score in scores.items()}
+        source = self._scores or {layer: torch.rand_like(score[0, 0]) for layer, score in scores.items()}
         return Choice({layer: best(source[layer].to(scores[layer].device), n) for layer, n in self.counts.items()})
 
 
@@ -67,10 +68,10 @@ def losses(model: Any, tokens: torch.Tensor, prompt: int, batch: int = 16) -> tu
     with torch.inference_mode():
         for part in tokens.split(batch):
             part, cache = part.to(model.device), DynamicCache()
-            model(part[:, :prompt], past_key_values=cache, logits_to_keep=1)
+            read(model, part[:, :prompt], cache, None)
             for module in modules:
                 module.scope = "all"
-            logits = model(part[:, prompt:], past_key_values=cache).logits[:, :-1].float()
+            logits = model(part[:, prompt:], **caches.cache_argument(model.forward, cache)).logits[:, :-1].float()
             for module in modules:
                 module.scope = "decode"
             targets = part[:, prompt + 1 :]
@@ -170,12 +171,12 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         model(tokens[None, :16], logits_to_keep=1)
         dense_s, chosen_s, score_s = [], [], []
         for _ in range(options.repeats):
-            dense_s.append(timed(lambda: model(tokens[None], past_key_values=DynamicCache(), logits_to_keep=1)))
+            dense_s.append(timed(lambda: read(model, tokens[None], DynamicCache(), prompts_of(model))))
             sparsify(model, plan)
             rule, spent = state_of(model).prompts.rule, [0.0]
             for name in ("score", "choose"):
                 setattr(rule, name, _counted(getattr(rule, name), spent))
-            chosen_s.append(timed(lambda: model(tokens[None], past_key_values=DynamicCache(), logits_to_keep=1)))
+            chosen_s.append(timed(lambda: read(model, tokens[None], DynamicCache(), prompts_of(model))))
             score_s.append(spent[0])
             restore(model)
     document["prefill"] = {
@@ -189,6 +190,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     decoders["dense"].prefill(tokens)
     sparsify(model, plan)
     prompts = state_of(model).prompts
+    # Strides differ with ``gather``: one for the whole prompt, so that rounding cannot make the sets differ.
+    prompts.rule.block = options.prompt + 1
     for name, gather in (("index lists", False), ("copies", True)):
         prompts.gather = gather
         decoders[name] = Decoder(model, length)
@@ -197,10 +200,10 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     prompts.gather = False
     cache = DynamicCache()
     with torch.inference_mode():
-        model(tokens[None], past_key_values=cache, logits_to_keep=1)
+        read(model, tokens[None], cache, prompts)
         neurons = prompts.session(cache).neurons(last)
         sets = [decoders[name]._session.neurons(last) for name in ("index lists", "copies")]
-        want = model(torch.tensor([[5]]), past_key_values=cache).logits[0, -1].float()
+        want = read(model, torch.tensor([[5]]), cache, None).logits[0, -1].float()
     for name, found in zip(("index lists", "copies"), sets, strict=True):
         error = float((decoders[name].step(5) - want).norm() / want.norm())
         if not torch.equal(found, neurons) or error > 0.05:

@@ -27,6 +27,7 @@ from actsparse.methods.coreinfer import (
     strengths,
 )
 from actsparse.methods.statistics import Batch
+from actsparse.models.caches import cache_argument, cache_of
 from actsparse.models.sites import ModelError
 from actsparse.models.text import TextError, Windows
 from actsparse.plan import PlanError
@@ -84,6 +85,11 @@ def values_of(model, tokens):
     return torch.stack(seen)
 
 
+def over(model, tokens, cache, **options):
+    """The model's output for tokens that follow what the cache holds."""
+    return model(tokens, **cache_argument(model.forward, cache), **options)
+
+
 def session_of(model, cache):
     return state_of(model).prompts.session(cache)
 
@@ -127,7 +133,7 @@ def test_sets_match_a_plain_computation(activation, ranking, alpha):
     tokens = torch.randint(0, 64, (1, 21))
     values = values_of(model, tokens)
     sparsify(model, stability(model, 0.6, alpha=alpha, ranking=ranking, layers="0-2"))
-    session = session_of(model, model(tokens, use_cache=True).past_key_values)
+    session = session_of(model, cache_of(model(tokens, use_cache=True)))
     for layer in range(LAYERS):
         check_set(session.neurons(layer), strengths(values[layer, 0], ranking), alpha, round(0.4 * N))
 
@@ -153,10 +159,10 @@ def test_decoding_is_the_masked_dense_model(model, dtype):
     plan = stability(model)
     sparsify(model, plan)
     cache = DynamicCache()
-    model(tokens[:, :24], past_key_values=cache)
+    over(model, tokens[:, :24], cache)
     sets = dict(session_of(model, cache).choices[0].neurons)
     assert set(sets) == {1, 2}
-    steps = torch.cat([model(tokens[:, at : at + 1], past_key_values=cache).logits for at in range(24, 30)], 1)
+    steps = torch.cat([over(model, tokens[:, at : at + 1], cache).logits for at in range(24, 30)], 1)
     decoder = Decoder(model, 40)
     decoder.prefill(tokens[0, :24])
     native = torch.stack([decoder.step(int(tokens[0, at])) for at in range(24, 30)])
@@ -172,16 +178,16 @@ def test_decoding_is_the_masked_dense_model(model, dtype):
 def test_skipped_neurons_are_not_read(model):
     tokens = torch.randint(0, 64, (1, 20))
     sparsify(model, stability(model))
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = cache_of(model(tokens, use_cache=True))
     copied = copy.deepcopy(cache)
-    good = model(tokens[:, :1], past_key_values=cache).logits
+    good = over(model, tokens[:, :1], cache).logits
     for layer in (1, 2):
         skipped = sorted(set(range(N)) - set(session_of(model, copied).neurons(layer).tolist()))
         mlp = model.model.layers[layer].mlp
         mlp.gate_proj.weight[skipped] = torch.nan
         mlp.up_proj.weight[skipped] = torch.nan
         mlp.down_proj.weight[:, skipped] = torch.nan
-    assert torch.equal(model(tokens[:, :1], past_key_values=copied).logits, good)
+    assert torch.equal(over(model, tokens[:, :1], copied).logits, good)
 
 
 def generated(model, tokens, **options):
@@ -200,10 +206,10 @@ def test_generations_do_not_leak_into_each_other(model):
     # Interleaved, token by token, each on its cache.
     caches = [DynamicCache(), DynamicCache()]
     rows = [first, second]
-    new = [model(row, past_key_values=cache).logits[:, -1:].argmax(-1) for row, cache in zip(rows, caches, strict=True)]
+    new = [over(model, row, cache).logits[:, -1:].argmax(-1) for row, cache in zip(rows, caches, strict=True)]
     for _ in range(8):
         rows = [torch.cat([row, token], 1) for row, token in zip(rows, new, strict=True)]
-        new = [model(t, past_key_values=c).logits[:, -1:].argmax(-1) for t, c in zip(new, caches, strict=True)]
+        new = [over(model, t, c).logits[:, -1:].argmax(-1) for t, c in zip(new, caches, strict=True)]
     assert [row.tolist() for row in rows] == alone
     # A static cache is the same object in every generation.
     assert generated(model, second, cache_implementation="static") == alone[1]
@@ -216,7 +222,7 @@ def test_two_models_and_threads_do_not_leak(model):
     for one in (model, other):
         sparsify(one, stability(one, 0.8))
     alone = [generated(model, tokens), generated(other, tokens)]
-    cache = model(tokens, use_cache=True).past_key_values
+    cache = cache_of(model(tokens, use_cache=True))
     assert session_of(other, cache) is None
     results = [[], []]
     prompts = [tokens, torch.randint(0, 64, (1, 27))]
@@ -239,7 +245,7 @@ def test_a_failed_forward_leaves_nothing(model):
     sparsify(model, stability(model))
     cache = DynamicCache()
     with pytest.raises(IndexError):
-        model(torch.full((1, 5), 99), past_key_values=cache)
+        over(model, torch.full((1, 5), 99), cache)
     assert session_of(model, cache) is None
     assert not state_of(model).prompts._runs
     assert generated(model, tokens) == generated(model, tokens)
@@ -257,65 +263,66 @@ def test_every_sequence_of_a_batch_has_its_own_set(model, implementation):
     both = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, **options)
     assert both[:, 20:].tolist() == alone
     cache = DynamicCache()
-    model(batch, attention_mask=mask, past_key_values=cache)
+    over(model, batch, cache, attention_mask=mask)
     sets = [session_of(model, cache).neurons(1, sequence).tolist() for sequence in (0, 1)]
     for sequence, tokens in enumerate((short, long)):
-        mine = session_of(model, model(tokens, use_cache=True).past_key_values)
+        mine = session_of(model, cache_of(model(tokens, use_cache=True)))
         assert sets[sequence] == mine.neurons(1).tolist()
     beams = model.generate(long, max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0)
     assert beams.shape == (1, 24)
     cache.batch_select_indices(torch.tensor([1]))
     with pytest.raises(ModelError, match="the batch has 1 sequences, neurons were chosen for 2"):
-        model(long[:, :1], past_key_values=cache)
+        over(model, long[:, :1], cache)
 
 
 def test_later_text_refreshes_the_set(model):
     tokens = torch.randint(0, 64, (1, 60))
     sparsify(model, stability(model, 0.7))
     cache = DynamicCache()
-    model(tokens[:, :20], past_key_values=cache)
+    over(model, tokens[:, :20], cache)
     first = session_of(model, cache)
-    model(tokens[:, 20:21], past_key_values=cache)  # an answer of one token: decoding changes nothing
+    over(model, tokens[:, 20:21], cache)  # an answer of one token: decoding changes nothing
     assert session_of(model, cache) is first
     forked = copy.deepcopy(cache)
-    model(tokens[:, 21:40], past_key_values=cache)
+    over(model, tokens[:, 21:40], cache)
     second = session_of(model, cache)
     assert second.neurons(1).tolist() != first.neurons(1).tolist()
     assert session_of(model, forked) is first
     # Text scored in two parts without an answer in between is one text.
     parts, whole = DynamicCache(), DynamicCache()
-    model(tokens[:, :20], past_key_values=parts)
-    model(tokens[:, 20:40], past_key_values=parts)
-    model(tokens[:, :40], past_key_values=whole)
+    over(model, tokens[:, :20], parts)
+    over(model, tokens[:, 20:40], parts)
+    over(model, tokens[:, :40], whole)
     for layer in (1, 2):
         assert session_of(model, parts).neurons(layer).tolist() == session_of(model, whole).neurons(layer).tolist()
 
 
-def test_a_cache_that_was_cut_back(model):
+def test_a_decoder_that_was_taken_back(model):
     tokens = torch.randint(0, 64, (1, 40))
     sparsify(model, stability(model, 0.7))
     decoder = Decoder(model, 64)
     decoder.prefill(tokens[0, :30])
     asked = decoder._session
     first = [int(decoder.step(7).argmax()) for _ in range(3)]
-    # The same prompt once more: its last token runs again, and nothing changes.
+    # The same prompt once more: its last token runs again, dense, and nothing changes.
     decoder.rewind(29)
     decoder.prefill(tokens[0, 29:30])
-    assert decoder._session is asked
+    for layer in (1, 2):
+        assert decoder._session.neurons(layer).tolist() == asked.neurons(layer).tolist()
     assert [int(decoder.step(7).argmax()) for _ in range(3)] == first
-    # Other text in its place: what was forgotten no longer counts.
+    # Other text in its place: what was forgotten no longer counts, what is left does.
     decoder.rewind(20)
     decoder.prefill(tokens[0, 31:40])
     fresh = DynamicCache()
-    model(tokens[:, :20], past_key_values=fresh)
-    state_of(model).prompts.attach(fresh, None)
-    model(tokens[:, 31:40], past_key_values=fresh)
-    assert decoder._session.neurons(1).tolist() == session_of(model, fresh).neurons(1).tolist()
-    # Nothing at all in its place: no set of forgotten text is used.
+    over(model, torch.cat([tokens[:, :20], tokens[:, 31:40]], 1), fresh)
+    for layer in (1, 2):
+        assert decoder._session.neurons(layer).tolist() == session_of(model, fresh).neurons(layer).tolist()
+    # Nothing at all in its place: there is no set for what is left.
     decoder.rewind(20)
-    logits = decoder.step(int(tokens[0, 20]))
-    restore(model)
-    torch.testing.assert_close(logits, model(tokens[:, :21]).logits[0, -1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="a decode step at position 20, neurons were chosen for a prompt of 29 tokens"):
+        decoder.step(7)
+    with pytest.raises(ModelError, match="a decode step at position 0, neurons were chosen for a prompt of 0 tokens"):
+        Decoder(model, 8).step(7)
 
 
 def test_calibration_stores_frequencies_per_cluster(model, tmp_path):
@@ -339,7 +346,7 @@ def test_calibration_stores_frequencies_per_cluster(model, tmp_path):
         own = values_of(model, prompt)[1, 0].abs()
         own = (own >= own.sort(1, descending=True).values[:, [round(0.1 * N) - 1]]).float().mean(0)
         nearest = int((want[0] - own).norm(dim=1).argmin())
-        choice = session_of(model, model(prompt, use_cache=True).past_key_values).choices[0]
+        choice = session_of(model, cache_of(model(prompt, use_cache=True))).choices[0]
         assert choice.facts["cluster"] == "ab"[nearest]
         for layer in (1, 2):
             score, neurons = want[layer - 1, nearest].clone(), choice.neurons[layer].long()
@@ -357,7 +364,7 @@ def test_auto_and_blend_follow_the_stated_criterion(tokens: int, mode: str):
     half = tokens // 2
     values = torch.randn(tokens, 40) + torch.linspace(0, 1, 40)
     rules = {mode: CoreRule({**settings, "mode": mode}, {"prompt.frequency": frequency}) for mode in ("auto", "blend")}
-    scores = {0: rules["auto"].score(values)}
+    scores = {0: torch.stack([rules["auto"].score(values[:half]), rules["auto"].score(values[half:])])}
     core = (values.abs() >= values.abs().sort(1, descending=True).values[:, 3:4]).float()
     force = values.abs() / values.abs().sort(1, descending=True).values[:, 3:4]
     halves = [core[:half].sum(0), core[half:].sum(0)]
@@ -372,9 +379,12 @@ def test_auto_and_blend_follow_the_stated_criterion(tokens: int, mode: str):
     whole = int(torch.cdist(core.mean(0)[None], frequency[0])[0].argmin())
     force = force.sum(0)
     want = core.sum(0) + force / (1 + force.max()) + PRIOR_TOKENS * frequency[0, whole]
-    assert rules["blend"].choose(scores).neurons[0].tolist() == sorted(want.topk(8).indices.tolist())
+    assert rules["blend"].choose({0: scores[0].sum(0, keepdim=True)}).neurons[0].tolist() == sorted(
+        want.topk(8).indices.tolist()
+    )
     # A single token cannot be split: its cluster decides.
-    assert rules["auto"].choose({0: rules["auto"].score(values[:1])}).facts["mode"] == "similarity"
+    one = rules["auto"].score(values[:1])
+    assert rules["auto"].choose({0: torch.stack([torch.zeros_like(one), one])}).facts["mode"] == "similarity"
 
 
 def test_clusters():
@@ -398,7 +408,7 @@ def test_perplexity_continues_on_the_prompts_sets(model):
     losses = []
     for row in windows.tokens:
         sparsify(model, plan)
-        sets = dict(session_of(model, model(row[None, :20], use_cache=True).past_key_values).choices[0].neurons)
+        sets = dict(session_of(model, cache_of(model(row[None, :20], use_cache=True))).choices[0].neurons)
         restore(model)
         logits = masked_logits(model, row[None], 20, sets)[0, 20:-1]
         losses.append(torch.nn.functional.cross_entropy(logits, row[21:]))
@@ -470,7 +480,9 @@ def test_low_memory_decodes_the_same(tmp_path, tied):
     sparsify(model, plan)
     torch.testing.assert_close(mapped(tokens).logits, model(tokens).logits)
     assert generated(mapped, tokens) == generated(model, tokens)
-    session = session_of(mapped, mapped(tokens, use_cache=True).past_key_values)
+    cache = cache_of(mapped(tokens, use_cache=True))
+    over(mapped, tokens[:, :1], cache)
+    session = session_of(mapped, cache)
     copies = session.gathered[1, 0]
     assert copies.up.shape == (round(0.4 * N), 32)
     decoders = [Decoder(one, 40) for one in (mapped, model)]

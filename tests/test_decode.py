@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from actsparse import kernels
+from actsparse.models.caches import cache_argument
 from actsparse.models.sites import ModelError, describe
 from actsparse.plan import ModelIdentity, Plan
 from actsparse.runtime.decode import Decoder
@@ -83,7 +84,7 @@ def module_logits(model, tokens: torch.Tensor, prompt: int) -> torch.Tensor:
     cache, rows = DynamicCache(config=model.config), []
     with torch.no_grad():
         for part in [tokens[:prompt], *(tokens[at : at + 1] for at in range(prompt, len(tokens)))]:
-            logits = model(input_ids=part[None], past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=part[None], **cache_argument(model.forward, cache), use_cache=True).logits
             rows.append(logits[0, -1].float())
     return torch.stack(rows)
 

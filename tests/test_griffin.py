@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actsparse import calibrate, restore, sparsify
 from actsparse.methods.griffin import GriffinRule
+from actsparse.models.caches import cache_of
 from actsparse.plan import PlanError
 from actsparse.runtime.swap import state_of
 
@@ -39,7 +40,7 @@ def test_sets_are_the_largest_norms_of_normalised_rows(model):
     tokens = torch.randint(0, 64, (1, 20))
     values = values_of(model, tokens)
     sparsify(model, calibrate(model, None, None, method="griffin", sparsity=0.5, layers=(0, 2)))
-    session = state_of(model).prompts.session(model(tokens, use_cache=True).past_key_values)
+    session = state_of(model).prompts.session(cache_of(model(tokens, use_cache=True)))
     for layer in range(3):
         score = (values[layer] / values[layer].norm(dim=1, keepdim=True)).norm(dim=0)
         assert session.neurons(layer).tolist() == sorted(score.topk(24).indices.tolist())

@@ -18,6 +18,7 @@ from actsparse.measure.evaluate import compare_perplexity, window_losses
 from actsparse.methods import METHODS, make
 from actsparse.methods.base import MethodError, Targets
 from actsparse.models import text
+from actsparse.models.caches import cache_argument, cache_of
 from actsparse.plan import Plan, PlanError
 from actsparse.runtime.decode import Decoder
 from actsparse.runtime.generate import Session
@@ -121,8 +122,8 @@ def test_native_kernels_do_what_the_reference_path_does(method: str, model_for: 
         whole = model(tokens).logits[0]
         cache, single = None, []
         for token in tokens[0]:
-            step = model(token.reshape(1, 1), past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = model(token.reshape(1, 1), **cache_argument(model.forward, cache), use_cache=True)
+            cache = cache_of(step)
             single.append(step.logits[0, 0])
     assert "cpu-" in kernels.path_for(torch.zeros(1, 4), torch.zeros(4, 4)) or kernels.cpu.missing
     # Two layers of float32 sums over at most 132 terms in two orders; a flipped decision would show at 1e-2.

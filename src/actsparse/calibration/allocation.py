@@ -38,7 +38,8 @@ import torch
 from torch.nn import functional as F
 
 from actsparse.methods.base import Calibrated, Method, MethodError, Targets
-from actsparse.models import sites
+from actsparse.models import caches, sites
+from actsparse.models.sites import ModelError
 from actsparse.plan import PlanError, atomic_path
 
 ALLOCATIONS = ("uniform", "greedy")
@@ -347,7 +348,11 @@ def _capture(model: Any, layer: sites.LayerSites, sample: torch.Tensor) -> tuple
             model.get_decoder()(input_ids=sample, use_cache=False)
     finally:
         handle.remove()
-    return seen[0]
+    args, kwargs = seen[0]
+    if caches.cache_in([*args, *kwargs.values()]) is not None:
+        # Called again and again, the layer would look at what it left there the time before.
+        raise ModelError("a forward with use_cache=False hands its layers a key/value cache, expected none")
+    return args, kwargs
 
 
 def _square(values: torch.Tensor) -> float:

@@ -21,14 +21,16 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional as F
 
-from actsparse.models import sites, text
-from actsparse.plan import Plan
+from actsparse.models import caches, sites, text
+from actsparse.plan import Plan, PlanError
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import Meter, SparseFFN
 from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.swap import attach_meter, restore, sparsify, state_of
 
 BATCH_TOKENS = 2048
+# Below this a short text may really skip nothing.
+LEAST_SKIPPED = 0.01
 
 
 class Progress(Protocol):
@@ -97,6 +99,9 @@ def compare_perplexity(
         windows: evaluation text.
         progress: called after every batch.
         dense: what :func:`window_losses` gave for the dense model on the same windows and scope, to save a pass.
+
+    Raises:
+        PlanError: nothing was skipped under a plan that should skip; see :func:`check_skipped`.
     """
     restore(model)
     passes = 1 if dense is not None else 2
@@ -112,6 +117,7 @@ def compare_perplexity(
         shifted = progress and _shifted(progress, before, total)
         sparse = window_losses(model, windows, plan.scope, progress=shifted)
         read = weights_read(model, meter)
+        check_skipped(plan, meter)
     finally:
         restore(model)
     one, other = perplexity(dense), perplexity(sparse)
@@ -121,6 +127,29 @@ def compare_perplexity(
         site: value for site, value in meter.sparsity().items() if site in plan.achieved or not plan.achieved
     }
     return Comparison(one, other, _stderr(paired), read, site_sparsity, scored_tokens(windows, plan.scope), plan.scope)
+
+
+def check_skipped(plan: Plan, meter: Meter) -> None:
+    """Refuse a measurement in which rules that should skip did not: it would be the dense model's, under the plan's name.
+
+    A plan should skip when a site of it skipped :data:`LEAST_SKIPPED` of the calibration text, or, where it does not say,
+    when its target is as high.  Dense plans and sparsity 0 pass.
+
+    Raises:
+        PlanError: no rule was applied to any token, or all were and none skipped anything.
+    """
+    if not plan.rules and not plan.prompt:
+        return
+    if not meter.seen:
+        raise PlanError(
+            f"plan of method {plan.method}: its rules were applied to no token, so that the model ran dense"
+        )
+    expected = max(plan.achieved.values(), default=plan.sparsity)
+    if expected >= LEAST_SKIPPED and not any(value > 0 for value in meter.sparsity().values()):
+        raise PlanError(
+            f"plan of method {plan.method} skipped nothing under scope {plan.scope}, expected up to {expected:.1%} of a site: "
+            "the model ran dense"
+        )
 
 
 def scorer(model: Any, windows: text.Windows) -> Callable[[Plan], tuple[float, float]]:
@@ -227,9 +256,10 @@ def _batch_losses(model: Any, tokens: torch.Tensor, scope: str) -> torch.Tensor:
     length = tokens.shape[1]
     start = scored_from(scope, length)
     if scope == "decode":
-        past = model(input_ids=tokens[:, :start], use_cache=True, logits_to_keep=1).past_key_values
+        past = caches.cache_of(model(input_ids=tokens[:, :start], use_cache=True, logits_to_keep=1))
         with _as_decoding(model):
-            logits = model(input_ids=tokens[:, start:], past_key_values=past, use_cache=True).logits
+            argument = caches.cache_argument(model.forward, past)
+            logits = model(input_ids=tokens[:, start:], use_cache=True, **argument).logits
     else:
         logits = model(input_ids=tokens, use_cache=False).logits[:, start:]
     rows = []

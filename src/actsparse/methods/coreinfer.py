@@ -250,10 +250,7 @@ def per_cluster(frequency: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class CoreRule(PromptRule):
-    """Scores are float32 [4, N + 1]: core counts of the text's first and second half, then summed strengths of both.
-
-    The last column counts the tokens.
-    """
+    """Scores are float32 [2, N + 1]: core counts and summed strengths.  The last column counts the tokens."""
 
     def __init__(self, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(settings, tensors)
@@ -265,6 +262,7 @@ class CoreRule(PromptRule):
             raise PlanError(
                 f"plan's prompt settings are alpha {self.alpha}, mode {self.mode!r}, ranking {self.ranking!r}"
             )
+        self.halves = self.mode == "auto"
         self.frequency: torch.Tensor | None = None
         if self.mode == "stability":
             return
@@ -279,21 +277,19 @@ class CoreRule(PromptRule):
             raise PlanError(f"feature_layer is {self.feature_layer}, expected a layer of {self.layers}")
 
     def score(self, values: torch.Tensor) -> torch.Tensor:
-        halves = values.tensor_split([len(values) // 2])
-        pairs = [core_sums(half, self.alpha, self.ranking, sparse=self.sparse) for half in halves]
-        rows = [pair[which] for which in (0, 1) for pair in pairs]
-        totals = values.new_tensor([[len(half)] for half in halves] * 2, dtype=torch.float32)
-        return torch.cat([torch.stack(rows), totals], 1)
+        rows = core_sums(values, self.alpha, self.ranking, sparse=self.sparse)
+        total = values.new_full((2, 1), len(values), dtype=torch.float32)
+        return torch.cat([torch.stack(rows), total], 1)
 
     def choose(self, scores: Mapping[int, torch.Tensor]) -> Choice:
-        whole = {layer: _keys(score[:2].sum(0), score[2:].sum(0)) for layer, score in scores.items()}
+        whole = {layer: _keys(*score.sum(0)) for layer, score in scores.items()}
         if self.mode == "stability":
             return Choice(self._sets(whole), {"mode": "stability"})
-        cluster = self._nearest(scores, slice(0, 2))
+        cluster = self._nearest({layer: score.sum(0)[0] for layer, score in scores.items()})
         facts: dict[str, Any] = {"mode": self.mode, "cluster": self.names[cluster]}
         if self.mode == "auto":
             own, other = self._coverage(scores)
-            tokens = max(float(scores[self.layers.start][1, -1]), 1.0)  # a sequence may be padding alone
+            tokens = max(float(scores[self.layers.start][1, 0, -1]), 1.0)  # a sequence may be padding alone
             chosen = "stability" if own - other > LEAD * (tokens**-0.5 - ENOUGH**-0.5) else "similarity"
             facts |= {"mode": chosen, "own": own, "cluster_coverage": other}
         if facts["mode"] == "stability":
@@ -310,19 +306,19 @@ class CoreRule(PromptRule):
         assert self.frequency is not None
         return self.frequency[layer - self.layers.start, cluster].to(like.device)
 
-    def _nearest(self, scores: Mapping[int, torch.Tensor], halves: slice) -> int:
-        """The cluster whose mean frequencies are nearest (Euclidean) to the text's, at the feature layer."""
+    def _nearest(self, of_layers: Mapping[int, torch.Tensor]) -> int:
+        """The cluster whose mean frequencies are nearest (Euclidean) to those of counts [N + 1], at the feature layer."""
         assert self.frequency is not None
-        counts = scores[self.feature_layer][halves].sum(0)
+        counts = of_layers[self.feature_layer]
         centres = self.frequency[self.feature_layer - self.layers.start].to(counts.device)
         return int(torch.cdist(counts[None, :-1] / counts[-1].clamp(min=1), centres)[0].argmin())
 
     def _coverage(self, scores: Mapping[int, torch.Tensor]) -> tuple[float, float]:
         """How much of the second half's counts the first half's own set covers, and its cluster's set (0 to 1)."""
-        cluster = self._nearest(scores, slice(0, 1))
+        cluster = self._nearest({layer: score[0, 0] for layer, score in scores.items()})
         own = other = total = 0.0
         for layer, count in self.counts.items():
-            first, second, strength_first, _ = scores[layer]
+            (first, strength_first), (second, _) = scores[layer]
             if not first[-1]:
                 return 0.0, 1.0  # one token has no halves
             total += float(second[:-1].topk(count).values.sum())

@@ -53,4 +53,4 @@ class GriffinRule(PromptRule):
         return total.nan_to_num()
 
     def choose(self, scores: Mapping[int, torch.Tensor]) -> Choice:
-        return Choice({layer: best(scores[layer][0], count) for layer, count in self.counts.items()})
+        return Choice({layer: best(scores[layer][0, 0], count) for layer, count in self.counts.items()})

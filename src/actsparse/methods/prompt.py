@@ -36,17 +36,37 @@ class PromptRule(ABC):
         tensors: the plan's tensors whose names start with ``prompt.``.
     """
 
+    # Sums over a text are kept every so many tokens, so that any beginning of it can be taken up again.
+    block = 256
+    # Whether the choice compares a text's two halves.
+    halves = False
+
     def __init__(self, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         first, last = settings["layers"]
         self.layers = range(first, last + 1)
         self.counts = dict(zip(self.layers, settings["counts"], strict=True))
 
+    def marks(self, tokens: int) -> list[int]:
+        """After which tokens, of the first ``tokens``, sums are kept: every block, and finer where halves are asked for."""
+        marks = list(range(self.block, tokens + 1, self.block))
+        if self.halves:
+            # Four to an octave up to the fourth block: a half is never missed by more than a fifth.
+            early = list(range(1, 9))
+            while early[-1] < 4 * self.block:
+                early += range(early[-1] + early[-1] // 4, 2 * early[-1] + 1, early[-1] // 4)
+            marks = sorted({*marks, *(mark for mark in early if mark <= tokens)})
+        return marks
+
+    def half(self, tokens: int) -> int:
+        """Where the first half of so many tokens ends: at the last mark that is not beyond the middle."""
+        return max(self.marks(tokens // 2), default=0)
+
     @abstractmethod
     def score(self, values: torch.Tensor) -> torch.Tensor:
-        """What one sequence's text adds to its scores at one layer.
+        """What some tokens add to their text's scores at one layer.
 
         Args:
-            values: [T, N] products g * u of the text's tokens, in any float type and on any device.
+            values: [T, N] products g * u of the tokens, in any float type and on any device.
 
         Returns:
             float32 [S, N] on the same device.
@@ -54,7 +74,7 @@ class PromptRule(ABC):
 
     @abstractmethod
     def choose(self, scores: Mapping[int, torch.Tensor]) -> Choice:
-        """The sets of one sequence from its scores ([S, N] per layer)."""
+        """The sets of one sequence from its scores per layer: [2, S, N] of both halves, [1, S, N] without ``halves``."""
 
 
 def best(score: torch.Tensor, count: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ Shape letters: T tokens, H hidden, N neurons, O attention output features.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +151,7 @@ class LayerSites:
         """Call ``observe`` with the values of tap ``name`` at every forward; returns the hook's handle."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            observe(args[0] if args else kwargs["hidden_states"])
+            observe(hidden_of(args, kwargs))
 
         def after(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             observe(output)
@@ -176,6 +176,19 @@ class LayerSites:
             "value": lambda: self.linear("down"),
         }[name]()
         return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The activations [..., T, H] that a module was called with, whatever the argument's name.
+
+    Raises:
+        ModelError: neither the first argument nor exactly one named one is a floating-point tensor of 2 or 3 dimensions.
+    """
+    given = list(args[:1]) or list(kwargs.values())
+    found = [x for x in given if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() in (2, 3)]
+    if len(found) != 1:
+        raise ModelError(f"a module was called with {len(found)} tensors of activations, expected one")
+    return found[0]
 
 
 def family_of(model: Any) -> Family:

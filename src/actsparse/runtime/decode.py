@@ -20,8 +20,9 @@ from actsparse import kernels
 from actsparse.models import sites
 from actsparse.models.sites import LayerSites, ModelError
 from actsparse.runtime.layers import SparseFFN, SparseLinear
-from actsparse.runtime.prompts import Session
-from actsparse.runtime.swap import state_of
+from actsparse.runtime.prompts import read
+from actsparse.runtime.sessions import Session
+from actsparse.runtime.swap import prompts_of, state_of
 
 # Their frequencies change with the length of the text, so that no table made beforehand can hold them.
 _CHANGING_ROPES = ("dynamic", "longrope")
@@ -55,8 +56,10 @@ class Decoder:
         self.position = 0
         self._state = state
         # Neurons chosen per prompt: the sequence's session, the blocks that obey it, and what they point at.
+        self._prompts = prompts_of(model)
         self._session: Session | None = None
-        self._chosen = {block.layer: block for block in state.prompts.modules} if state and state.prompts else {}
+        self._stepped: list[int] = []
+        self._chosen = {block.layer: block for block in self._prompts.modules} if self._prompts else {}
         self._chosen_ffns: list[kernels.FFN] = []
         layers = sites.layers_of(model)
         heads, kv_heads, head_dim = _heads(model.config)
@@ -104,14 +107,17 @@ class Decoder:
         if len(dtypes) > 1 or not dtypes <= set(kernels.cpu.DTYPES):
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             return f"weights are {names}, expected all float32, all bfloat16 or all float16"
-        if _window(model.config) is None:
+        window = _window(model.config)
+        if window is None:
             return "its layers mix sliding and full attention"
+        if not window and any(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
+            return "its layers have a sliding window that its configuration does not show as expected"
         rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope in _CHANGING_ROPES:
             return f"rope type {rope} changes with the length of the text"
         if 2 * model.get_decoder().rotary_emb.inv_freq.numel() != _heads(model.config)[2]:
             return "its rotary embedding does not cover the whole head"
-        return _foreign_module(model)
+        return _foreign_module(model) or _misread_heads(model)
 
     def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run ``tokens`` (int64 [T]) after what the cache holds; returns the last one's logits, float32 [V].
@@ -130,30 +136,43 @@ class Decoder:
         if begin:
             for index, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
                 cache.update(keys[None, :, :begin], values[None, :, :begin], index)
-        if self._state is not None and self._state.prompts is not None:
-            self._state.prompts.attach(cache, self._session)
+        changed = begin
+        if self._prompts is not None and self._session is not None and begin:
+            stepped = torch.tensor([self._stepped[: max(0, begin - self._session.seen)]], dtype=torch.int64)
+            self._prompts.attach(cache, self._session, stepped)
+            # What was decoded on a set is run again, dense, before text that follows it.
+            changed = self._session.resumable(begin)
         with torch.no_grad():
-            output = self.model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = read(self.model, tokens[None], cache, self._prompts)
             for index, layer in enumerate(cache.layers):
-                self._keys[index, :, begin:end] = layer.keys[0, :, begin:]
-                self._values[index, :, begin:end] = layer.values[0, :, begin:]
-        if self._state is not None and self._state.prompts is not None:
-            self._session = self._state.prompts.session(cache)
-            self._choose(self._session)
+                self._keys[index, :, changed:end] = layer.keys[0, :, changed:]
+                self._values[index, :, changed:end] = layer.values[0, :, changed:]
         self.position = end
+        if self._prompts is not None:
+            self._session = self._prompts.session(cache)
+            self._stepped = []
+            self._choose()
         return output.logits[0, -1].float()
 
     def step(self, token: int) -> torch.Tensor:
         """Append one token; returns the logits that follow it, float32 [V].
 
         Raises:
-            ModelError: the cache is full, the token is not in the vocabulary, or the model was changed since.
+            ModelError: the cache is full, the token is not in the vocabulary, the model was changed since, or its neurons
+                are chosen per prompt and there is no prompt before the token.
         """
         self._check(self.position + 1)
+        if self._prompts is not None and (self._session is None or self.position < self._session.seen):
+            known = 0 if self._session is None else self._session.seen
+            raise ModelError(
+                f"a decode step at position {self.position}, neurons were chosen for a prompt of {known} tokens: prefill first"
+            )
         if not 0 <= token < self.native.embedding.out:
             raise ModelError(f"token is {token}, expected 0 to {self.native.embedding.out - 1}")
         logits = torch.empty(self._vocabulary, dtype=torch.float32, device="cpu")
         kernels.decode_step(self.native, token, self.position, logits)
+        if self._session is not None:
+            self._stepped[self.position - self._session.seen :] = [token]
         self.position += 1
         return logits
 
@@ -161,20 +180,26 @@ class Decoder:
         """Forget everything from ``position`` on (0 <= position <= the present one)."""
         if not 0 <= position <= self.position:
             raise ModelError(f"position is {position}, expected 0 to {self.position}")
-        if self._session is not None and position < self._session.seen:
-            # Sets chosen from text that is forgotten: dense, until the next prefill decides.
-            self._choose(None)
         self.position = position
+
+    def resumable(self, position: int) -> int:
+        """The last position, not after ``position``, from which a prefill gives to the last bit what a fresh one would.
+
+        All of them unless neurons are chosen per prompt.
+        """
+        return position if self._prompts is None else self._prompts.resumable(self._session, position)
 
     def reset(self) -> None:
         """Forget every token."""
         self.rewind(0)
 
-    def _choose(self, session: Session | None) -> None:
-        """Let the blocks that obey a session decode on its neurons; on all of them for None."""
+    def _choose(self) -> None:
+        """Let the blocks that obey the session decode on its neurons."""
+        if self._session is None:
+            raise ModelError("the prompt's key/value cache carries no chosen neurons")
         self._chosen_ffns = []
         for index, block in self._chosen.items():
-            operands = block.operands(session)
+            operands = block.operands(self._session)
             ffn = kernels.ffn_of(*operands.matrices, kernels.Rules(**operands.options))
             self._chosen_ffns.append(ffn)
             self.native.layer[index].ffn = ffn
@@ -199,6 +224,17 @@ def _heads(config: Any) -> tuple[int, int, int]:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _misread_heads(model: Any) -> str | None:
+    """How the projections' shapes contradict the heads that the configuration shows, in words."""
+    heads, kv_heads, head_dim = _heads(model.config)
+    for layer in sites.layers_of(model):
+        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            rows = layer.weight(name).shape[0]
+            if rows != count * head_dim:
+                return f"layer {layer.index} {name} has {rows} rows, expected {count} heads of {head_dim}"
+    return None
 
 
 def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tensor) -> kernels.Layer:
@@ -258,8 +294,19 @@ def _window(config: Any) -> int | None:
 
 
 def _foreign_module(model: Any) -> str | None:
-    """What stands where a plain or a sparse layer was expected (a quantised one, an adapter), in words."""
+    """What a layer has that is not known, or has in place of a plain or sparse one (a quantised one, an adapter), in words."""
     for layer in sites.layers_of(model):
+        family = layer.family
+        known = {
+            *(path for _, path in family.projections),
+            family.input_norm,
+            family.post_norm,
+            family.q_norm,
+            family.k_norm,
+        }
+        for name, _ in layer.module.named_parameters():
+            if name.rpartition(".")[0] not in known:
+                return f"layer {layer.index} has a parameter {name}, which the native decode step does not know"
         sparse_ffn = isinstance(layer.ffn, SparseFFN)
         for name, path in layer.family.projections:
             module = layer.module.get_submodule(path)

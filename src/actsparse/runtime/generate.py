@@ -24,10 +24,12 @@ from transformers import (
 )
 
 from actsparse import kernels
+from actsparse.models import caches
 from actsparse.models.sites import ModelError
 from actsparse.models.text import TextError
 from actsparse.runtime.decode import Decoder
-from actsparse.runtime.swap import state_of
+from actsparse.runtime.prompts import read
+from actsparse.runtime.swap import prompts_of, state_of
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,6 @@ def generate(
     Raises:
         TextError: the prompt is empty, or no new tokens are asked for.
         ModelError: the prompt fills the model's context.
-        ModelError: the prompt fills the model's context.
         ValueError: a sampling setting is out of range.
     """
     tokens = encode(tokenizer, prompt)
@@ -224,7 +225,8 @@ class Session:
         # The last token always runs again: its logits are not in the cache.
         known = min(_common(self._engine.tokens, tokens), len(tokens) - 1)
         self._engine.forget(known)
-        result = Generation(path=self.path, prompt_tokens=len(tokens), prefill_tokens=len(tokens) - known)
+        prefill = len(tokens) - len(self._engine.tokens)
+        result = Generation(path=self.path, prompt_tokens=len(tokens), prefill_tokens=prefill)
         streamer = _Streamer(self._tokenizer, stream)
         ends = _end_tokens(self._model, self._tokenizer) if stop_at_eos else frozenset()
         with _seeded(sampling.seed):
@@ -255,8 +257,8 @@ class _Native:
         return self._fed[: self._decoder.position]
 
     def forget(self, position: int) -> None:
-        """Keep the first ``position`` tokens."""
-        self._decoder.rewind(position)
+        """Keep the first ``position`` tokens, or fewer where a fresh run would not leave them so in the cache."""
+        self._decoder.rewind(self._decoder.resumable(position))
 
     def run(
         self,
@@ -298,9 +300,12 @@ class _Transformers:
         self.path = f"transformers generate: {reason}"
         self._cache = DynamicCache(config=model.config)
         self.tokens: list[int] = []
+        self._prompts = prompts_of(model)
 
     def forget(self, position: int) -> None:
-        """Keep the first ``position`` tokens."""
+        """Keep the first ``position`` tokens, or fewer where a fresh run would not leave them so in the cache."""
+        if self._prompts is not None:
+            position = self._prompts.resumable(self._prompts.session(self._cache), position)
         if position == len(self.tokens):
             return
         if position == 0 or any(layer.is_sliding for layer in self._cache.layers):
@@ -321,7 +326,6 @@ class _Transformers:
     ) -> None:
         """Up to ``count`` new tokens into ``result``."""
         streamer.skip_prompt = True
-        result.prefill_tokens = len(tokens) - len(self.tokens)
         clock = _Clock(streamer, result)
         settings = GenerationConfig(
             max_new_tokens=count,
@@ -336,18 +340,30 @@ class _Transformers:
         prompt = torch.tensor([tokens], device=self._model.device)
         try:
             with torch.no_grad():
+                if self._prompts is not None:
+                    self._read_ahead(prompt)
                 self._model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=settings,
-                    past_key_values=self._cache,
                     streamer=clock,
+                    **caches.cache_argument(self._model.forward, self._cache),
                 )
         except KeyboardInterrupt:
             # Some layers may have taken in a token that others have not: start over next time.
             self._cache, self.tokens = DynamicCache(config=self._model.config), []
             raise
         self.tokens = [*tokens, *result.tokens[:-1]]
+
+    def _read_ahead(self, prompt: torch.Tensor) -> None:
+        """Run all of a prompt [1, T] but its last stride, which generate runs; see :func:`actsparse.runtime.prompts.read`."""
+        assert self._prompts is not None
+        begin = len(self.tokens)
+        last = prompt.shape[1] - 1
+        last -= last % self._prompts.stride
+        if begin < last:
+            read(self._model, prompt[:, begin:last], self._cache, self._prompts)
+        self._prompts.expect_text(self._cache)
 
 
 class _Streamer(TextStreamer):

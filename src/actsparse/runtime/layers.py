@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -243,9 +242,9 @@ class SparsePlainFFN(SparseFFN):
     def projection(self, name: str) -> nn.Linear:
         return self._linears[self._names[name]]
 
-    def note_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the decoder layer: remember how many tokens a sequence has."""
-        self._tokens = (args[0] if args else kwargs["hidden_states"]).shape[-2]
+    def note_tokens(self, tokens: int) -> None:
+        """Remember how many tokens a sequence has in the decoder layer's forward that begins."""
+        self._tokens = tokens
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.unflatten(0, (-1, self._tokens))).flatten(0, 1) if x.dim() == 2 else super().forward(x)

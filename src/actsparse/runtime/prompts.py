@@ -1,99 +1,64 @@
-"""Neurons chosen once per prompt: the block that obeys them, and whose they are.
+"""Neurons chosen once per prompt: whose they are.  :mod:`actsparse.runtime.prompt_ffn` is the block that obeys them.
 
 A neuron set belongs to one generation, and what carries a generation in transformers is its key/value cache.  So the set
 lives on the cache object: two generations that take turns on one model, or a copy of a prompt's cache that is continued
-twice, cannot mix, and a set dies with its cache.  The policy:
+twice, cannot mix, and a set dies with its cache.  The policy, whose aim is that what comes out depends on the text alone
+and not on how its cache came about:
 
 - text that starts a cache (position 0) starts a new session; whatever was known before is not looked at;
-- text is every forward of several tokens (and a first one of a single token): it runs dense and its activations are scored;
-- text that arrives later in the same cache (a chat's next turn) adds to the scores, and the sets are chosen anew;
-- single tokens are decoding: they run on the sets, which stay fixed.  Generated tokens are not scored;
-- a cache that was cut back inside the scored text and goes on with *other* text starts a new session from that text; with
-  the same tokens again (an answer is generated once more) everything stays;
-- a cache that this model did not fill since it was sparsified has no sets: its decoding runs dense until text arrives.
+- text is every forward of several tokens, a first one of a single token, and whatever comes at a position inside the
+  scored text: it runs dense and is scored, and the sets are chosen from all of the text;
+- single tokens after the text are decoding: they run on the sets, which stay fixed;
+- when text follows decoded tokens (a chat's next turn), these are text too: they are taken out of the cache and run again,
+  dense, because a fresh run over the conversation would have run them so.  The same goes for a cache that was cut back to
+  a place where no sums of scores are kept: what is missing since the last such place runs again;
+- a decode step that finds no session, or whose cache cannot be seen, is an error, never a dense step.
 
 Padding (``attention_mask``) is not scored.  Every sequence of a batch has its own sets.
 
-Shape letters: B batch, T tokens, H hidden, N neurons, S rows of a score.
+Shape letters: B batch, T tokens, D decoded tokens.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
-from actsparse import kernels
-from actsparse.methods.prompt import Choice, PromptRule
+from actsparse.methods.prompt import PromptRule
+from actsparse.models import caches
 from actsparse.models.sites import ModelError
-from actsparse.runtime.layers import SparseModule
+from actsparse.runtime.sessions import UNKNOWN, Kept, Session, Tally
+
+if TYPE_CHECKING:
+    from actsparse.runtime.prompt_ffn import PromptFFN
 
 _ATTRIBUTE = "_actsparse_session"
-
-
-@dataclass(frozen=True)
-class Session:
-    """What one generation knows of its text; never changed, only replaced, so that copies of a cache may share it.
-
-    Attributes:
-        owner: the token of the model that made it.
-        scores: per sequence and layer, float32 [S, N].
-        choices: per sequence.
-        texts: the scored text, as (position, token ids [B, T] or None when the model was fed embeddings).
-        seen: position after the last scored token.
-    """
-
-    owner: object
-    scores: tuple[Mapping[int, torch.Tensor], ...]
-    choices: tuple[Choice, ...]
-    texts: tuple[tuple[int, torch.Tensor | None], ...]
-    seen: int
-    gathered: dict[tuple[int, int], Gathered] = field(default_factory=dict)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        return self
-
-    def neurons(self, layer: int, sequence: int = 0) -> torch.Tensor | None:
-        """The set of one sequence at one layer, int32 ascending; None where the layer stays dense."""
-        return self.choices[sequence].neurons.get(layer)
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """A layer's chosen neurons as a smaller dense block: gate and up [n, H], down [H, n] with its columns contiguous."""
-
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-    gate_bias: torch.Tensor | None
-    up_bias: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Operands:
-    """Arguments of the FFN kernel after the activations: gate, up and down, and its options."""
-
-    matrices: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    options: dict[str, Any]
+# Arguments of a decoder that are understood, or known not to matter here. The cache is found by its type.
+_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"}
 
 
 @dataclass
-class _Run:
+class Run:
     """One forward under way."""
 
     session: Session | None
     position: int
     batch: int
-    ids: torch.Tensor | None
+    ids: torch.Tensor
     text: bool
+    cache: Cache | None
     # [B, T] True where a token is real; None when all are.
     real: torch.Tensor | None = None
-    fresh: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    fresh: dict[int, list[Tally]] = field(default_factory=dict)
+    # Whether the rotary embedding showed at which positions the tokens are.
+    placed: bool = False
 
 
 class Prompts:
@@ -103,103 +68,227 @@ class Prompts:
         decoder: the model's stack of layers (``model.get_decoder()``).
         rule: how texts are scored and neurons chosen.
         gather: decode on contiguous copies of the chosen weights instead of index lists.
+
+    Raises:
+        ModelError: the decoder has no ``rotary_emb``, which tells at which positions a forward's tokens are.
     """
 
     def __init__(self, decoder: nn.Module, rule: PromptRule, *, gather: bool = False) -> None:
+        rotary = getattr(decoder, "rotary_emb", None)
+        if not isinstance(rotary, nn.Module):
+            raise ModelError(f"{type(decoder).__name__} has no module rotary_emb, expected one: it shows the positions")
         self.rule = rule
         self.gather = gather
         self.modules: list[PromptFFN] = []
         self._token = _Token()
         self._names = list(inspect.signature(decoder.forward).parameters)
         # By thread: a server may run one model from several.
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, Run] = {}
         self.handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            rotary.register_forward_pre_hook(self._placed, with_kwargs=True),
         ]
+
+    @property
+    def stride(self) -> int:
+        """Text is read so many tokens at a time by :func:`read`, from multiples of it on.
+
+        More where a forward costs much beside its tokens: off the CPU, and where weights are paged in from their file.
+        """
+        device = self.modules[0].projection("up").weight.device
+        return self.rule.block if device.type == "cpu" and not self.gather else 2 * self.rule.block
 
     def session(self, cache: Any) -> Session | None:
         """The session that lives on ``cache``, if this model made it."""
-        session = getattr(cache, _ATTRIBUTE, None)
-        return session if session is not None and session.owner is self._token else None
+        kept = self._kept(cache)
+        return None if kept is None else kept.session
 
-    def attach(self, cache: Any, session: Session | None) -> None:
-        """Let ``cache`` go on with ``session``: for who keeps keys and values elsewhere between two forwards."""
-        setattr(cache, _ATTRIBUTE, session)
+    def attach(self, cache: Any, session: Session | None, decoded: torch.Tensor | None = None) -> None:
+        """Let ``cache`` go on with ``session`` and with tokens [B, D] decoded since: for who keeps keys and values himself."""
+        if session is not None and decoded is None:
+            decoded = session.ids.new_empty(session.batch, 0)
+        setattr(cache, _ATTRIBUTE, None if session is None or decoded is None else Kept(session, decoded))
 
-    def current(self) -> _Run | None:
+    def expect_text(self, cache: Any) -> None:
+        """The next forward over ``cache`` is text, even a single token after the text: a prompt may end with one."""
+        kept = self._kept(cache)
+        if kept is not None:
+            setattr(cache, _ATTRIBUTE, replace(kept, text_next=True))
+
+    def resumable(self, session: Session | None, position: int) -> int:
+        """The last position, not after ``position``, from which :func:`read` goes on exactly as a fresh run would."""
+        known = 0 if session is None else min(position, session.seen)
+        return known - known % self.stride
+
+    def current(self) -> Run | None:
         """The forward under way in this thread."""
         return self._runs.get(threading.get_ident())
 
+    def _kept(self, cache: Any) -> Kept | None:
+        kept = getattr(cache, _ATTRIBUTE, None)
+        return kept if kept is not None and kept.session.owner is self._token else None
+
     def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        ids, embeds, cache = (given.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        cache = caches.cache_in(given.values())
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if ids is None and embeds is None:
+            raise ModelError(f"the decoder got {', '.join(sorted(given))}, expected input_ids or inputs_embeds")
         batch, tokens = (embeds if ids is None else ids).shape[:2]  # type: ignore[union-attr]
+        _check_known(given, batch)
+        if ids is None:
+            ids = torch.full((batch, tokens), UNKNOWN)
         position = int(cache.get_seq_length()) if cache is not None else 0
-        session = self.session(cache) if position else None
-        if session is not None and len(session.choices) != batch:
+        kept = self._kept(cache) if position else None
+        self._check_kept(kept, position, batch)
+        # An evaluation lets many tokens count as so many decode steps.
+        as_steps = any(module.scope == "all" for module in self.modules)
+        if kept is not None and position >= kept.session.seen and not kept.text_next and (tokens == 1 or as_steps):
+            run = Run(kept.session, position, batch, ids, text=False, cache=cache)
+        elif as_steps:
+            raise ModelError("these tokens are to be decoded, but no text before them has chosen neurons")
+        else:
+            session = None if kept is None else self._resumed(decoder, cache, given, kept, position)
+            real = _real(given.get("attention_mask"), batch, position, tokens)
+            run = Run(session, position, batch, ids, text=True, cache=cache, real=real)
+        self._runs[threading.get_ident()] = run
+
+    def _check_kept(self, kept: Kept | None, position: int, batch: int) -> None:
+        if not position:
+            return
+        if kept is None:
             raise ModelError(
-                f"the batch has {batch} sequences, neurons were chosen for {len(session.choices)}: "
+                f"the key/value cache holds {position} tokens that this model has not read since it was sparsified, so that "
+                "no neurons were chosen: start from an empty cache"
+            )
+        if kept.session.batch != batch:
+            raise ModelError(
+                f"the batch has {batch} sequences, neurons were chosen for {kept.session.batch}: "
                 "sequences cannot be added to or taken from a cache that chose neurons per prompt"
             )
-        run = _Run(session, position, batch, ids, text=tokens > 1 or not position)
-        if session is not None and any(module.scope == "all" for module in self.modules):
-            # An evaluation that lets many tokens count as so many decode steps.
-            run.text = False
-        elif session is not None and position < session.seen:
-            same = _same(session, position, ids)
-            run.session = session if same else None
-            run.text = not same or position + tokens > session.seen
-        if run.text:
-            run.real = _real(given.get("attention_mask"), batch, position, tokens)
-            if run.session is not None and position < run.session.seen:
-                # The beginning of this text was scored when it came first.
-                new = torch.arange(position, position + tokens) >= run.session.seen
-                run.real = (torch.ones(batch, tokens, dtype=torch.bool) if run.real is None else run.real.cpu()) & new
-        self._runs[threading.get_ident()] = run
+        if position > kept.position:
+            raise ModelError(
+                f"the key/value cache holds {position} tokens, only {kept.position} were read by this model"
+            )
+
+    def _resumed(
+        self, decoder: nn.Module, cache: Any, given: Mapping[str, Any], kept: Kept, position: int
+    ) -> Session | None:
+        """The session of the dense text before ``position``; what of it is not dense or not scored is run again first."""
+        session = kept.session
+        start = session.resumable(position)
+        if start < position or position < session.seen:
+            known = torch.cat([session.ids, kept.decoded], 1)[:, :position]
+            obstacle = _obstacle(session, known[:, start:], given, position)
+            if obstacle is not None:
+                raise ModelError(
+                    f"text at token {position} needs tokens {start} to {position} run again, which {obstacle}: "
+                    "give the whole text to an empty cache"
+                )
+            session_at = session.cut(start)
+            if start == position:
+                return session_at
+            caches.cut(cache, start)
+            self.attach(cache, session_at)
+            self.expect_text(cache)
+            # Under the name by which it just came.
+            name = next((name for name, value in given.items() if value is cache), None)
+            argument = caches.cache_argument(decoder.forward, cache) if name is None else {name: cache}
+            device = next(decoder.parameters()).device
+            with torch.no_grad():
+                decoder(input_ids=known[:, start:].to(device), use_cache=True, **argument)
+            return self.session(cache)
+        return session
+
+    def _placed(self, rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = self.current()
+        if run is None or run.cache is not None or run.ids.shape[1] > 1:
+            return
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and not value.is_floating_point():
+                first = int(value.min())
+                if first > 0:
+                    raise ModelError(
+                        f"a decode step at position {first} has a key/value cache that cannot be seen, so that the "
+                        "neurons chosen for its prompt cannot be found (is this release of transformers supported?)"
+                    )
+                run.placed = True
 
     def _after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         run = self._runs.pop(threading.get_ident(), None)
-        if run is None or output is None or not run.text:
+        if run is None or output is None:
             return
-        given = dict(zip(self._names, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
+        cache = run.cache
+        if not run.text:
+            kept = self._kept(cache)
+            if kept is not None:
+                setattr(cache, _ATTRIBUTE, kept.then(run.position, run.ids.to(kept.decoded.device)))
+            return
+        if cache is None and run.ids.shape[1] == 1 and not run.placed:
+            raise ModelError("a single token came without a key/value cache, and its position cannot be seen")
         if cache is None:
-            cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            return  # nothing will be decoded from this text
-        session = self._chosen(run)
-        for module in self.modules:
-            module.prepare(session)
-        self.attach(cache, session)
+            cache = caches.cache_in([output])
+        if cache is not None:  # without one nothing will be decoded from this text
+            self.attach(cache, self._extended(run))
 
-    def _chosen(self, run: _Run) -> Session:
+    def _extended(self, run: Run) -> Session:
         """The session after a text."""
-        old = run.session
-        scores = []
-        for sequence in range(run.batch):
-            fresh = {layer: rows[sequence] for layer, rows in run.fresh.items()}
-            if old is not None:
-                fresh = {layer: old.scores[sequence][layer] + score for layer, score in fresh.items()}
-            scores.append(fresh)
-        tokens = 0 if run.ids is None else run.ids.shape[1]
-        texts = (*(old.texts if old is not None else ()), (run.position, None if run.ids is None else run.ids.cpu()))
-        choices = tuple(self.rule.choose(score) for score in scores)
-        return Session(self._token, tuple(scores), choices, texts, run.position + max(tokens, 1))
+        old, ids = run.session, run.ids.cpu()
+        real = None if run.real is None else run.real.cpu()
+        if old is not None:
+            if real is not None or old.real is not None:
+                parts = [(old.real, old.ids), (real, ids)]
+                real = torch.cat(
+                    [torch.ones_like(of, dtype=torch.bool) if one is None else one for one, of in parts], 1
+                )
+            ids = torch.cat([old.ids, ids], 1)
+        tallies = tuple({layer: rows[sequence] for layer, rows in run.fresh.items()} for sequence in range(run.batch))
+        return Session(self._token, self.rule, tallies, ids, real)
 
 
-def _same(session: Session, position: int, ids: torch.Tensor | None) -> bool:
-    """Whether tokens that come again, from ``position`` on, are those that were scored there."""
-    if ids is None:
-        return False
-    for start, known in session.texts:
-        if known is None:
-            return False
-        begin, end = max(start, position), min(start + known.shape[1], position + ids.shape[1])
-        again = ids[:, begin - position : end - position].to(known.device)
-        if begin < end and not torch.equal(known[:, begin - start : end - start], again):
-            return False
-    return True
+def read(model: nn.Module, tokens: torch.Tensor, cache: Cache, prompts: Prompts | None) -> Any:
+    """Run text [B, T] after what ``cache`` holds; returns the last forward's output, logits of its last token alone.
+
+    With ``prompts`` it goes in strides from fixed positions, so that what a beginning leaves in the cache and in the scores
+    is the same to the last bit whatever follows it, and it is text also where it is a single token.
+    """
+    begin = int(cache.get_seq_length())
+    argument = caches.cache_argument(model.forward, cache)
+    stops = [tokens.shape[1]]
+    if prompts is not None:
+        first = prompts.stride - begin % prompts.stride
+        stops = [*range(first, tokens.shape[1], prompts.stride), tokens.shape[1]]
+    output, at = None, 0
+    for stop in stops:
+        if prompts is not None:
+            prompts.expect_text(cache)
+        output = model(input_ids=tokens[:, at:stop], use_cache=True, logits_to_keep=1, **argument)
+        at = stop
+    return output
+
+
+def _check_known(given: Mapping[str, Any], batch: int) -> None:
+    """ModelError for an argument that could be a mask under a new name: its padding would be scored as text."""
+    for name, value in given.items():
+        if name not in _KNOWN and isinstance(value, torch.Tensor) and value.dim() in (2, 4) and len(value) == batch:
+            raise ModelError(
+                f"the decoder got a tensor {name} {list(value.shape)}, expected only {', '.join(sorted(_KNOWN))}"
+            )
+
+
+def _obstacle(session: Session, ids: torch.Tensor, given: Mapping[str, Any], position: int) -> str | None:
+    """Why tokens [B, T] of a session cannot be run again in place, in words; None when they can."""
+    if session.batch > 1:
+        return f"is not done for a batch of {session.batch}"
+    if session.real is not None:
+        return "is not done where there is padding"
+    if bool((ids == UNKNOWN).any()):
+        return "came as embeddings"
+    places = given.get("position_ids")
+    if isinstance(places, torch.Tensor) and places.numel() and int(places.min()) != position:
+        return f"are not at their own positions (position_ids begin at {int(places.min())})"
+    return None
 
 
 def _real(mask: Any, batch: int, position: int, tokens: int) -> torch.Tensor | None:
@@ -231,145 +320,3 @@ def _real(mask: Any, batch: int, position: int, tokens: int) -> torch.Tensor | N
 
 class _Token:
     """Tells the sessions of one model from those of another, or of another plan."""
-
-
-class PromptFFN(SparseModule):
-    """A gated feed-forward block: text runs dense and is scored, decoding runs on the neurons that the text chose.
-
-    Args:
-        ffn: the block it replaces.
-        projections: attribute name and layer of gate, up and down, as the block names them.
-        layer: index of the layer.
-        activation: as the kernels name it.
-        prompts: the model's sessions; the block joins its modules.
-        up_activation: of the up projection's values.
-    """
-
-    def __init__(
-        self,
-        ffn: nn.Module,
-        projections: Mapping[str, tuple[str, nn.Linear]],
-        layer: int,
-        activation: str,
-        prompts: Prompts,
-        up_activation: str = "identity",
-    ) -> None:
-        super().__init__(f"layers.{layer}", "decode", {})
-        self.layer = layer
-        self.activation = activation
-        self.up_activation = up_activation
-        self.prompts = prompts
-        # Called when a text is through this block, for weights that are mapped from a file: :mod:`actsparse.runtime.lowmemory`.
-        self.release: Callable[[], None] | None = None
-        self._names = {}
-        for projection, (name, linear) in projections.items():
-            self.add_module(name, linear)
-            self._names[projection] = name
-        # Not a registered child: it holds the same layers, which must appear in the state dict once.
-        self._replaced = (ffn,)
-        prompts.modules.append(self)
-
-    def projection(self, name: str) -> nn.Linear:
-        """The layer behind ``gate``, ``up`` or ``down``."""
-        return getattr(self, self._names[name])
-
-    def dense(self, x: torch.Tensor) -> torch.Tensor:
-        return self._replaced[0](x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, H] to [B, T, H]."""
-        run = self.prompts.current()
-        if run is None:
-            return self.dense(x)
-        if run.text:
-            return self._scored(x, run)
-        if run.session is None or run.session.neurons(self.layer) is None:
-            return self.dense(x)
-        return self._decoded(x, run.session)
-
-    def _scored(self, x: torch.Tensor, run: _Run) -> torch.Tensor:
-        activate, activate_up = (kernels.reference.ACTIVATIONS[name] for name in (self.activation, self.up_activation))
-        value = activate(self.projection("gate")(x)) * activate_up(self.projection("up")(x))
-        with torch.no_grad():
-            rows = value.detach().reshape(run.batch, -1, value.shape[-1])
-            real = None if run.real is None else run.real.to(value.device)
-            run.fresh[self.layer] = [
-                self.prompts.rule.score(row if real is None else row[real[sequence]])
-                for sequence, row in enumerate(rows)
-            ]
-        output = self.projection("down")(value)
-        if self.release is not None:
-            self.release()
-        return output
-
-    def _decoded(self, x: torch.Tensor, session: Session) -> torch.Tensor:
-        # One call per sequence: a union of the sets would let a sequence use neurons that only another one chose.
-        parts = []
-        for sequence, row in enumerate(x):
-            operands = self.operands(session, sequence)
-            if self.meter is not None:
-                self._count(session, sequence, row.shape[0])
-            parts.append(kernels.gated_ffn(row, *operands.matrices, **operands.options))
-        return torch.stack(parts)
-
-    def _count(self, session: Session, sequence: int, tokens: int) -> None:
-        neurons = session.neurons(self.layer, sequence)
-        assert neurons is not None
-        assert self.meter is not None
-        for name in ("gate", "up", "ffn", "down"):
-            self.meter.add(f"{self.site}.{name}", len(neurons) * tokens, self.projection("up").out_features * tokens)
-
-    def operands(self, session: Session | None, sequence: int = 0) -> Operands:
-        """What the FFN kernel needs to decode ``sequence``: index lists, or the copies where those are kept.
-
-        Without a session, or where it leaves the layer dense, the whole block.
-        """
-        gate, up, down = (self.projection(name) for name in ("gate", "up", "down"))
-        options: dict[str, Any] = {
-            "activation": self.activation,
-            "up_activation": self.up_activation,
-            "down_bias": down.bias,
-        }
-        options |= {"gate_bias": gate.bias, "up_bias": up.bias}
-        if session is None or session.neurons(self.layer, sequence) is None:
-            return Operands((gate.weight, up.weight, down.weight), options)
-        copies = session.gathered.get((self.layer, sequence))
-        if copies is None and self._gathers:
-            copies = session.gathered[self.layer, sequence] = self._gather(session, sequence)
-        if copies is not None:
-            options |= {"gate_bias": copies.gate_bias, "up_bias": copies.up_bias}
-            return Operands((copies.gate, copies.up, copies.down), options)
-        options["neurons"] = session.neurons(self.layer, sequence)
-        return Operands((gate.weight, up.weight, down.weight), options)
-
-    def prepare(self, session: Session) -> None:
-        """Make the copies that decoding will need, if this model decodes on copies, and let go of mapped weights."""
-        if self._gathers:
-            for sequence in range(len(session.choices)):
-                if session.neurons(self.layer, sequence) is not None:
-                    session.gathered[self.layer, sequence] = self._gather(session, sequence)
-        if self.release is not None:
-            self.release()
-
-    @property
-    def _gathers(self) -> bool:
-        # Off the CPU an index list would be gathered again at every token.
-        return self.prompts.gather or self.projection("up").weight.device.type != "cpu"
-
-    def _gather(self, session: Session, sequence: int) -> Gathered:
-        gate, up, down = (self.projection(name) for name in ("gate", "up", "down"))
-        neurons = session.neurons(self.layer, sequence)
-        assert neurons is not None
-        index = neurons.to(up.weight.device)
-
-        def pick(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else values.detach().index_select(0, index)
-
-        with torch.no_grad():
-            # From the transposed view, so that the columns come out contiguous without a second copy.
-            columns = down.weight.detach().t().index_select(0, index).t()
-            rows = gate.weight.detach().index_select(0, index), up.weight.detach().index_select(0, index)
-            return Gathered(*rows, columns, pick(gate.bias), pick(up.bias))
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}, rule={type(self.prompts.rule).__name__}"

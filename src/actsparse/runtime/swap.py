@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,7 +30,8 @@ from actsparse.runtime.layers import (
 )
 from actsparse.runtime.lowmemory import MappedWeights, mapped_weights, open_mapped
 from actsparse.runtime.packed import PackedLinear, is_packed, open_packed
-from actsparse.runtime.prompts import PromptFFN, Prompts
+from actsparse.runtime.prompt_ffn import PromptFFN
+from actsparse.runtime.prompts import Prompts
 
 _ATTRIBUTE = "actsparse_state"
 
@@ -149,6 +151,12 @@ def state_of(model: Any) -> State | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
+def prompts_of(model: Any) -> Prompts | None:
+    """The sessions of a model whose neurons are chosen per prompt, None for any other."""
+    state = state_of(model)
+    return state.prompts if state else None
+
+
 def attach_meter(model: Any, meter: Meter | None) -> None:
     """Let every sparse module of ``model`` count into ``meter`` (None stops counting)."""
     state = state_of(model)
@@ -193,7 +201,7 @@ def _sparsify_layer(state: State, layer: sites.LayerSites, plan: Plan, activatio
     middle, last = layer.module.get_submodule(family.activation_module), linears["down"][1]
     block = nn.Sequential(layer.ffn, middle, last)
     plain = SparsePlainFFN(block, linears, site, activation, rules, plan.scope)
-    state.handles.append(layer.module.register_forward_pre_hook(plain.note_tokens, with_kwargs=True))
+    state.handles.append(layer.module.register_forward_pre_hook(partial(_note_tokens, plain), with_kwargs=True))
     _replace(state, layer, family.ffn, layer.ffn, plain)
     for path, old, new in ((family.activation_module, middle, nn.Identity()), (paths["down"], last, Passed(last))):
         layer.replace(path, new)
@@ -220,6 +228,10 @@ def _graded(linear: Any, site: str, plan: Plan) -> GradedLinear:
     else:
         raise ModelError(f"{site} is a {type(linear).__name__}, expected nn.Linear")
     return GradedLinear(packed, linear.bias, site, threshold, center, plan.scope)
+
+
+def _note_tokens(plain: SparsePlainFFN, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    plain.note_tokens(sites.hidden_of(args, kwargs).shape[-2])
 
 
 def _choose_by_prompt(

@@ -32,7 +32,8 @@ from actsparse.models.text import Windows
 from actsparse.plan import ModelIdentity, Plan
 from actsparse.runtime.decode import Decoder
 from actsparse.runtime.layers import Meter
-from actsparse.runtime.swap import attach_meter, restore, sparsify
+from actsparse.runtime.prompts import read
+from actsparse.runtime.swap import attach_meter, prompts_of, restore, sparsify
 
 CALIBRATION_WINDOW = 256
 CHECKED_STEPS = 4
@@ -213,12 +214,12 @@ class _Native:
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         cache = DynamicCache()
         with torch.no_grad():
-            model(input_ids=self._prompt[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            read(model, self._prompt[None], cache, prompts_of(model))
             handles = [
                 module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
                 for module in modules
             ]
-            model(input_ids=torch.tensor([[0]]), past_key_values=cache, use_cache=True)
+            read(model, torch.tensor([[0]]), cache, None)
         for handle in handles:
             handle.remove()
         worst, code = 0.0, kernels.cpu.DTYPES[model.dtype]
@@ -243,9 +244,9 @@ class _Native:
         token, worst = 0, 0.0
         self._start()
         with torch.no_grad():
-            model(input_ids=self._prompt[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            read(model, self._prompt[None], cache, prompts_of(model))
             for _ in range(CHECKED_STEPS):
-                output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                output = read(model, torch.tensor([[token]]), cache, None)
                 want = output.logits[0, -1].float()
                 got = self.decoder.step(token)
                 worst = max(worst, float((got - want).norm() / want.norm()))
@@ -337,7 +338,7 @@ class _Run:
         cache = DynamicCache(config=self._model.config)
 
         def greedy(tokens: torch.Tensor) -> torch.Tensor:
-            output = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = read(self._model, tokens, cache, None)
             return output.logits[0, -1].argmax().view(1, 1)
 
         with torch.no_grad():
@@ -356,10 +357,10 @@ class _Run:
             meter = Meter()
             cache = DynamicCache(config=self._model.config)
             with torch.no_grad():
-                self._model(input_ids=self._prompt[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                read(self._model, self._prompt[None], cache, prompts_of(self._model))
                 attach_meter(self._model, meter)
                 for token in range(CHECKED_STEPS):
-                    self._model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                    read(self._model, torch.tensor([[token]]), cache, None)
                 attach_meter(self._model, None)
             row.weights_read_bytes = weights_read(self._model, meter).bytes
             skipped = [value for site, value in meter.sparsity().items() if site.endswith(".down")]
