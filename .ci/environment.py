@@ -2,8 +2,9 @@
 
     .venv/bin/python .ci/environment.py {oldest,newest} FOLDER
 
-``oldest`` has the lower bound of every dependency, ``newest`` the newest release inside the range on this day. Only what differs
-from the locked environment is installed into FOLDER, which sees the rest, torch above all, where the Python that runs this has it.
+``oldest`` has the lower bound of every dependency, ``newest`` the newest release inside the range on this day. Only what
+differs from the locked environment is installed into FOLDER; the rest, torch above all, it sees in the locked one, whose Python
+runs this.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     make lock
 
 Four files come out of one resolution of pyproject.toml. ``build.txt`` installs and builds the rest. ``torch.txt`` is torch as
-PyPI has it, with the CUDA libraries it wants on Linux; ``torch-cpu.txt`` is the same release built for CPUs. ``packages.txt`` is
-everything else. Needs `uv` and the two package indexes.
+PyPI has it, with the CUDA libraries it wants on Linux; ``torch-cpu.txt`` is the same release built for CPUs. ``packages.txt``
+is everything else. Needs `uv` and the two package indexes.
 """
 
 from __future__ import annotations

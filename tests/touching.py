@@ -72,7 +72,7 @@ def module_of(path: Path) -> str:
 
 
 def files_of(name: str) -> list[Path]:
-    """The files of ours that importing ``name`` runs; the outermost package, which only has names, if it is asked for itself."""
+    """The files of ours that importing ``name`` runs; the outermost package, which only has names, if asked for itself."""
     parts = name.split(".")
     files = []
     for length in range(min(len(parts), 2), len(parts) + 1):
