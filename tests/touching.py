@@ -1,8 +1,8 @@
 """Which tests may run code of transformers: derived from the imports, so that nobody can forget to mark one.
 
 A test is marked ``transformers`` if its file reaches transformers by imports, directly or through other files of the tests and
-the package, or if it asks for a fixture of ``conftest.py``, which makes models. What the imports do not show counts as reaching
-it: modules loaded by computed names, and subprocesses.
+the package, or if it asks for a fixture from such a file, as the models of ``conftest.py``. What the imports do not show counts as
+reaching it: modules loaded by computed names, and subprocesses.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Set the marker."""
     for item in items:
         definitions = itertools.chain.from_iterable(item._fixtureinfo.name2fixturedefs.values())
-        from_conftest = any(each.func.__module__ == "tests.conftest" for each in definitions)
-        if from_conftest or reaches_transformers(item.path):
+        files = {Path(each.func.__code__.co_filename) for each in definitions if hasattr(each.func, "__code__")}
+        if any(reaches_transformers(file) for file in {item.path, *files} if file.is_relative_to(TESTS)):
             item.add_marker(pytest.mark.transformers)
 
 
+@cache
 def reaches_transformers(path: Path) -> bool:
     """Whether the imports of the file ``path`` lead to transformers."""
     waiting, seen = [path], set()
