@@ -1,8 +1,8 @@
 """Which tests may run code of transformers: derived from the imports, so that nobody can forget to mark one.
 
 A test is marked ``transformers`` if its file reaches transformers by imports, directly or through other files of the tests and
-the package, or if it asks for a fixture from such a file, as the models of ``conftest.py``. What the imports do not show counts as
-reaching it: modules loaded by computed names, and subprocesses.
+the package, or if it asks for a fixture from such a file, as the models of ``conftest.py``. What the imports do not show counts
+as reaching it: modules loaded by computed names, and subprocesses.
 """
 
 from __future__ import annotations
