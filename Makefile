@@ -2,24 +2,32 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Which torch to install where none is there yet. On Linux without an NVIDIA GPU the CPU build is the one to take:
-#   make setup TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
-TORCH ?= torch==2.13.0
+# Another torch than the locked one, where none is installed yet: arguments of `pip install`. For example
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
+TORCH ?=
 RUN := $(VENV)/bin
+# What the package consists of, in whatever folders: an editable installation knows the files that it was made with.
+FILES := $(sort $(shell find src/actsparse -type f -not -path '*/__pycache__/*'))
+NATIVE := $(filter-out %.py %.jinja,$(FILES))
 
-.PHONY: setup demo test lint bench wheel clean
+.PHONY: setup demo test lint lock bench wheel clean always
 
 setup: $(VENV)/.ready
 
-# The package's folders are named so that a new file installs itself.
-SOURCES := $(shell find src -type d) $(wildcard src/actsparse/kernels/cpu/csrc/*)
-$(VENV)/.ready: pyproject.toml CMakeLists.txt $(SOURCES)
+$(VENV)/.ready: pyproject.toml CMakeLists.txt requirements/install.py $(wildcard requirements/*.txt) $(NATIVE) $(VENV)/.files
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -c "import torch" 2>/dev/null || $(RUN)/python -m pip install --quiet $(TORCH)
-	$(RUN)/python -m pip install --quiet "scikit-build-core>=0.10" "cmake>=3.20" ninja
-	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(RUN)/python requirements/install.py --torch '$(TORCH)'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+# Touched only when a file has come or gone.
+$(VENV)/.files: always
+	@mkdir -p $(VENV)
+	@echo $(FILES) | cmp -s - $@ || echo $(FILES) > $@
+
+# Today's releases inside the ranges of pyproject.toml, for every platform; see requirements/lock.py.
+lock: setup
+	PATH="$(abspath $(RUN)):$$PATH" $(RUN)/python requirements/lock.py
 
 demo: setup
 	$(RUN)/python benchmarks/demo.py

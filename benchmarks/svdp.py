@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from actsparse.bench import shapes
 from actsparse.calibration.collect import Calibration, load_calibration_windows
 from actsparse.cli.bench import machine
 from actsparse.cli.terminal import print_json, print_table
 from actsparse.measure import evaluate
+from actsparse.measure.bench import shapes
 from actsparse.measure.bench.run import Settings, calibrate_on_random_tokens, measure
 from actsparse.methods import make
 from actsparse.methods.base import Calibrated, Layer, Targets

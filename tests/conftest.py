@@ -10,6 +10,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
+# Hooks, which pytest finds by their names.
+from tests.deprecations import pytest_configure  # noqa: F401
+from tests.touching import pytest_collection_modifyitems  # noqa: F401
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCE = REPOSITORY / "reference"
 

@@ -6,8 +6,13 @@ import argparse
 import importlib.util
 import os
 import platform
+import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from actsparse.cli.terminal import add_thread_argument, print_json, print_table, set_threads
 
@@ -20,6 +25,10 @@ OPTIONAL = {
 }
 
 
+# Whose releases decide whether results are right, and are therefore tested at both ends of the range that the package declares.
+TESTED = ("torch", "transformers")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_thread_argument(parser)
@@ -30,6 +39,9 @@ def run(options: argparse.Namespace) -> None:
     """Look around and report; nothing that is missing is an error."""
     set_threads(options)
     facts = examine()
+    for package in TESTED:
+        if untested := outside_tested_range(package):
+            warnings.warn(f"{untested}; results may be wrong without a sign", stacklevel=1)
     print_table("actsparse doctor", ["what", "here"], [[name, str(value)] for name, value in facts.items()])
     if options.json:
         print_json(facts)
@@ -38,7 +50,6 @@ def run(options: argparse.Namespace) -> None:
 def examine() -> dict[str, Any]:
     """What there is, by name."""
     import torch
-    import transformers
 
     from actsparse import kernels
 
@@ -47,7 +58,8 @@ def examine() -> dict[str, Any]:
         "cores": f"{os.cpu_count()}, {usable_cores()} usable by this process",
         "Python": platform.python_version(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
+        "tested with": tested_with(),
     }
     if kernels.cpu.missing:
         facts["native kernels"] = f"none: {kernels.cpu.missing}; everything runs on the reference path"
@@ -67,6 +79,35 @@ def examine() -> dict[str, Any]:
     gpu = "present, but " if torch.cuda.is_available() else ""
     facts["GPU"] = f"{gpu}not used by this version"
     return facts
+
+
+def tested_range(package: str) -> SpecifierSet | None:
+    """The releases of ``package`` that this installation declares; None where it is not installed, only on the path."""
+    try:
+        declared = metadata.requires("actsparse") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next(wanted.specifier for wanted in map(Requirement, declared) if wanted.name == package)
+
+
+def tested_with() -> str:
+    """The declared ranges, lower bound first."""
+    ranges = {package: tested_range(package) for package in TESTED}
+    if None in ranges.values():
+        return "unknown: actsparse itself is not installed"
+    return ", ".join(f"{package} {_bounds(tested)}" for package, tested in ranges.items())
+
+
+def outside_tested_range(package: str) -> str:
+    """A sentence if the installed release of ``package`` is outside its tested range, otherwise nothing."""
+    installed, tested = metadata.version(package), tested_range(package)
+    if tested is None or tested.contains(installed, prereleases=True):
+        return ""
+    return f"{package} is {installed}, tested are {_bounds(tested)}"
+
+
+def _bounds(tested: SpecifierSet | None) -> str:
+    return ",".join(sorted(map(str, tested or ()), reverse=True))
 
 
 def cpu_model() -> str:
