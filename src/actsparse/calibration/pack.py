@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,15 @@ from actsparse.methods.rounding import round_nearest
 from actsparse.models import opening, sites, text
 from actsparse.models.sites import ModelError
 from actsparse.plan import ModelIdentity, Plan, atomic_path
-from actsparse.runtime.lowmemory import MappedWeights, open_mapped
-from actsparse.runtime.packed import FORMAT, FORMAT_VERSION, PLAN, SHARDS, is_packed, tensors_of
+from actsparse.runtime.lowmemory import mapped_weights, open_mapped
+from actsparse.runtime.packed import FORMAT_VERSION, PLAN, SHARDS, tensors_of
 
 # What the presets read, in bits per weight (docs/graded.md says what each costs).
 QUALITIES = {"near-lossless": 4.0, "balanced": 3.0, "fast": 2.5}
 TOKENS = 4096
 WINDOW = 512
 DEFAULT_TEXT = Path(__file__).parent / "default.jsonl"
+_COPIED = (".json", ".jinja", ".model", ".txt")
 # Raise it when the same inputs give other bytes.
 _RECIPE = 1
 
@@ -89,11 +90,9 @@ def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progr
     target = Path(output)
     if target.exists():
         raise ModelError(f"{target} exists, expected a new directory")
-    if is_packed(name):
+    if opening.is_packed(name):
         raise ModelError(f"model {name} is packed already, expected a dense one")
-    source = Path(opening.local_directory(name))
-    model, release = _open(source)
-    tokenizer = opening.open_tokenizer(str(source))
+    model, tokenizer, source, release = _open(name)
     windows = load_calibration_windows(
         model,
         tokenizer,
@@ -107,19 +106,27 @@ def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progr
     _check_room(target, run.expected_bytes())
     readings = run.layers(release, progress)
     plan = run.plan(readings)
-    run.finish(source, plan, target)
+    run.finish(source, tokenizer, plan, target)
     return plan
 
 
-def _open(source: Path) -> tuple[Any, Any]:
-    """The model with every matrix a view of its mapped files, and a function that lets a layer's pages go."""
+def _open(name: str) -> tuple[Any, Any, Path | None, Callable[[int], None]]:
+    """Model, tokenizer, the directory they came from (None for a GGUF file), and what lets a layer's weights go.
+
+    Weights in safetensors files are views of their mapping.
+    """
+    if name.endswith(".gguf"):
+        model, tokenizer = opening.open_gguf(name)
+        return model, tokenizer, None, lambda index: None
+    source = Path(opening.local_directory(name))
+    tokenizer = opening.open_tokenizer(str(source))
     if not any(source.glob("*.safetensors")):
-        return opening.open_model(str(source)), lambda index: None
+        return opening.open_model(str(source)), tokenizer, source, lambda index: None
     model = open_mapped(str(source), everything=True)
-    mapped: MappedWeights = model.actsparse_mapped
-    layers = sites.layers_of(model)
-    releasers = [mapped.releaser(list(layer.module.parameters())) for layer in layers]
-    return model, lambda index: releasers[index]()
+    mapped = mapped_weights(model)
+    assert mapped is not None
+    releasers = [mapped.releaser(list(layer.module.parameters())) for layer in sites.layers_of(model)]
+    return model, tokenizer, source, lambda index: releasers[index]()
 
 
 class _Run:
@@ -137,7 +144,7 @@ class _Run:
         """About what the packed directory takes."""
         return sum(p.numel() for p in self._model.parameters()) * (self._settings.bits_stored + 1) // 8
 
-    def layers(self, release: Any, progress: Progress | None) -> dict[tuple[int, str], Reading]:
+    def layers(self, release: Callable[[int], None], progress: Progress | None) -> dict[tuple[int, str], Reading]:
         """Every product's reading, rounding and writing the layers that are not done yet."""
         self._folder.mkdir(parents=True, exist_ok=True)
         key = self._folder / "key.json"
@@ -172,23 +179,23 @@ class _Run:
             version=importlib.metadata.version("actsparse"),
         )
 
-    def finish(self, source: Path, plan: Plan, target: Path) -> None:
+    def finish(self, source: Path | None, tokenizer: Any, plan: Plan, target: Path) -> None:
         """Complete the folder and give it its name."""
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if source is None:
+            self._model.config.save_pretrained(self._folder)
+            tokenizer.save_pretrained(self._folder)
+        else:
+            for file in source.iterdir():
+                if file.is_file() and file.suffix in _COPIED and "safetensors" not in file.name:
+                    shutil.copyfile(file, self._folder / file.name)
+        config = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
         config["quantization_config"] = {
-            "quant_method": FORMAT,
+            "quant_method": opening.PACKED,
             "format_version": FORMAT_VERSION,
             "bits_stored": self._settings.bits_stored,
             "shards": len(self._layers) + 1,
             "dtype": str(self._model.dtype).removeprefix("torch."),
         }
-        for file in source.iterdir():
-            if (
-                file.is_file()
-                and file.suffix in (".json", ".jinja", ".model", ".txt")
-                and "safetensors" not in file.name
-            ):
-                shutil.copyfile(file, self._folder / file.name)
         (self._folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         plan.save(self._folder / PLAN)
         for index in (HEAD, *range(len(self._layers))):
@@ -236,7 +243,7 @@ class _Run:
         shares = energy_shares(deviation, guess.unit.to(weight.device) * theta)
         packed, stood = round_with_feedback(weight, stored, hessian, shares)
         reading = reading_of(deviation, stood, packed, sensitivity, zero)
-        reading.center = center.cpu()
+        reading.center = center.cpu().clone()  # safetensors takes no tensor twice
         return packed, reading
 
     def _weight(self, layer: int, name: str) -> torch.Tensor:
@@ -273,7 +280,7 @@ class _Run:
         return next(path for path, module in self._model.named_modules() if module is wanted) + "."
 
     def _products(self) -> dict[int, list[str]]:
-        return {HEAD: ["head"], **{l.index: [name for name, _ in l.family.projections] for l in self._layers}}
+        return {HEAD: ["head"], **{one.index: [name for name, _ in one.family.projections] for one in self._layers}}
 
     def _shard(self, layer: int) -> Path:
         return self._folder / SHARDS.format(layer + 1)

@@ -69,8 +69,8 @@ def run(options: argparse.Namespace) -> None:
     from actsparse.measure.bench import shapes
     from actsparse.measure.bench.run import Settings, measure
     from actsparse.methods import make
-    from actsparse.models import opening
     from actsparse.plan import Plan, PlanError
+    from actsparse.runtime.swap import open_model
 
     if options.shape and options.plan:
         raise PlanError(f"plan {options.plan[0]} cannot fit the random weights of --shape: expected --method instead")
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         model = shapes.random_model(shapes.config_of(options.shape), dtype, name=options.shape)
     else:
         what = options.model
-        model = opening.open_model(options.model, options.dtype)
+        model = open_model(options.model, options.dtype)
     if not plans:
         plans = _calibrate(options, model, method)
     settings = Settings(options.prompt_tokens, options.new_tokens, options.repeats, options.llama_cpp)

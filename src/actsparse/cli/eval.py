@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
     from actsparse.models import opening
     from actsparse.models.sites import describe
     from actsparse.plan import ModelIdentity, Plan, PlanError, atomic_path
+    from actsparse.runtime.swap import open_model
 
     if options.output:
         check_writable(options.output)
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     names = [name for name in options.tasks.split(",") if name]
     tasks = harness.Tasks(names, folder=options.tasks_folder, limit=options.limit, batch_size=options.batch_size)
     tasks.check(plan)
-    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+    model, tokenizer = open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
     if plan is not None:
         plan.check_model(ModelIdentity(**describe(model)))
     dense = None if options.no_dense else tasks.run(model, tokenizer)

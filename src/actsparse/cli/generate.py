@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     from actsparse.plan import Plan, PlanError
     from actsparse.runtime import generate as engine
     from actsparse.runtime.lowmemory import open_mapped
-    from actsparse.runtime.swap import sparsify
+    from actsparse.runtime.swap import open_model, sparsify
 
     if options.compare and (not options.plan or options.temperature):
         wrong = "no --plan" if not options.plan else f"--temperature {options.temperature:g}"
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
             raise PlanError(f"--low-memory got {wrong}, expected only a plan that chooses neurons per prompt")
         model, tokenizer = open_mapped(options.model), opening.open_tokenizer(options.model)
     else:
-        model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+        model, tokenizer = open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
 
     def reply(**more: Any) -> Generation:
         return engine.generate(

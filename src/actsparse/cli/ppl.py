@@ -25,12 +25,13 @@ def run(options: argparse.Namespace) -> None:
     from actsparse.models import opening, text
     from actsparse.models.text import TextError
     from actsparse.plan import Plan
+    from actsparse.runtime.swap import open_model
 
     set_threads(options)
     plan = Plan.load(options.plan) if options.plan else None
     if plan is not None and options.scope:
         plan = plan.with_scope(options.scope)
-    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+    model, tokenizer = open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
     if plan is not None:
         from actsparse.models.sites import describe
         from actsparse.plan import ModelIdentity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ import torch
 
 from actsparse.models.sites import ModelError, family_of
 
+PACKED = "actsparse"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def is_packed(name: str) -> bool:
+    """Whether ``name`` is a directory of packed weights (:mod:`actsparse.runtime.packed`)."""
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == PACKED)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def open_model(name: str, dtype: str = "auto") -> Any:
@@ -29,6 +40,8 @@ def open_model(name: str, dtype: str = "auto") -> Any:
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown: expected auto, {', '.join(DTYPES)}")
     _check_directory(name)
+    if is_packed(name):
+        raise ModelError(f"model {name} is packed, expected a dense one")
     try:
         config = AutoConfig.from_pretrained(name)
         family_of(_Configured(config))
@@ -39,6 +52,34 @@ def open_model(name: str, dtype: str = "auto") -> Any:
     except Exception as error:  # transformers, the hub client and safetensors raise many unrelated kinds
         raise ModelError(f"model {name} cannot be loaded: {_first_line(error)}") from None
     return model.eval()
+
+
+def local_directory(name: str) -> str:
+    """The directory of model ``name``: itself, or a hub id's snapshot in the hub client's cache; ModelError for neither."""
+    _check_directory(name)
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub client raises many unrelated kinds
+        raise ModelError(f"model {name} cannot be fetched: {_first_line(error)}") from None
+
+
+def open_gguf(file: str) -> tuple[Any, Any]:
+    """The model and tokenizer of a GGUF file, its weights dequantised by transformers; ModelError when that fails."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(file)
+    try:
+        with _no_loading_bar():
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # transformers and gguf raise many unrelated kinds
+        raise ModelError(f"{file} cannot be loaded: {_first_line(error)}") from None
+    family_of(model)
+    return model.eval(), tokenizer
 
 
 def open_tokenizer(name: str) -> Any:

@@ -85,8 +85,10 @@ def mapped_weights(model: Any) -> MappedWeights | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
-def open_mapped(directory: str) -> Any:
+def open_mapped(directory: str, *, everything: bool = False) -> Any:
     """The causal language model in ``directory``, on the CPU, its feed-forward weights mapped instead of read.
+
+    With ``everything`` all of its weights are mapped, for a caller that goes through them once.
 
     Sparsified with a plan that chooses neurons per prompt, it decodes with only the chosen neurons resident.
 
@@ -111,7 +113,7 @@ def open_mapped(directory: str) -> Any:
     in_place = {path.split(".")[-1] for name, path in family.projections if name in sites.FFN_PROJECTIONS}
     state = {}
     for name, tensor in mapped.tensors.items():
-        if name.endswith(".weight") and name.split(".")[-2] in in_place:
+        if everything or (name.endswith(".weight") and name.split(".")[-2] in in_place):
             state[name] = tensor
         else:
             state[name] = tensor.clone()

@@ -15,7 +15,6 @@ Shape letters: I inputs, O outputs, G groups of 64 outputs, S bits stored, L = S
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from actsparse.models import opening, sites
 from actsparse.models.sites import ModelError
 from actsparse.plan import Plan
 
-FORMAT = "actsparse"
 FORMAT_VERSION = 1
 PLAN = "plan.safetensors"
 SHARDS = "actsparse-{:05d}.safetensors"
@@ -56,15 +54,6 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.stored} bits stored"
-
-
-def is_packed(name: str) -> bool:
-    """Whether ``name`` is a packed directory."""
-    try:
-        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def tensors_of(packed: Packed) -> dict[str, torch.Tensor]:
@@ -144,11 +133,12 @@ def _fill(model: Any, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"tensor {name}.codes belongs to no module of the model") from None
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"tensor {name}.codes belongs to a {type(linear).__name__}, expected a linear layer")
-        parts = [rest.pop(f"{name}.{part}", None) for part in ("codes", "scale", "gain")]
-        if any(part is None for part in parts):
+        parts = {part: rest.pop(f"{name}.{part}", None) for part in ("codes", "scale", "gain")}
+        codes, scale, gain = parts.values()
+        if codes is None or scale is None or gain is None:
             raise ValueError(f"{name} is incomplete, expected codes, scale and gain")
         try:
-            packed = packed_from(*[part for part in parts if part is not None], linear.out_features)
+            packed = packed_from(codes, scale, gain, linear.out_features)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if packed.inputs != linear.in_features:

@@ -29,7 +29,7 @@ from actsparse.runtime.layers import (
     lay_rows,
 )
 from actsparse.runtime.lowmemory import MappedWeights, mapped_weights, open_mapped
-from actsparse.runtime.packed import PackedLinear, is_packed, open_packed
+from actsparse.runtime.packed import PackedLinear, open_packed
 from actsparse.runtime.prompt_ffn import PromptFFN
 from actsparse.runtime.prompts import Prompts
 
@@ -138,7 +138,7 @@ def open_model(name: str, dtype: str = "auto") -> Any:
 
     As :func:`actsparse.models.opening.open_model`, which opens what is not packed; PlanError for a packed directory's bad plan.
     """
-    if not is_packed(name):
+    if not opening.is_packed(name):
         return opening.open_model(name, dtype)
     if dtype != "auto":
         raise ModelError(f"dtype is {dtype}, {name} is packed: expected auto")

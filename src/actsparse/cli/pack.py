@@ -1,0 +1,46 @@
+"""actsparse pack."""
+
+from __future__ import annotations
+
+import argparse
+
+from actsparse.cli.terminal import add_thread_argument, positive, progress_bar, set_threads
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    from actsparse.calibration.pack import QUALITIES, TOKENS
+
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face model directory, a hub id or a GGUF file")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the directory to make")
+    parser.add_argument(
+        "--bits-stored", type=int, choices=[4, 6, 8], default=6, help="bits stored of each weight (default: 6)"
+    )
+    read = parser.add_mutually_exclusive_group()
+    read.add_argument("--bits-read", type=float, metavar="B", help="bits read per weight, on average, scales included")
+    names = ", ".join(f"{name} ({bits:g} bits read)" for name, bits in QUALITIES.items())
+    read.add_argument("--quality", choices=list(QUALITIES), default="balanced", help=f"{names}; default: balanced")
+    parser.add_argument(
+        "--text", metavar="FILE|DATASET", help="calibration text (default: a small one that comes along)"
+    )
+    parser.add_argument("--tokens", type=positive, default=TOKENS, help=f"calibration tokens (default: {TOKENS})")
+    add_thread_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Pack and say what was made."""
+    from pathlib import Path
+
+    from actsparse.calibration.pack import QUALITIES, Settings, pack
+
+    bits = QUALITIES[options.quality] if options.bits_read is None else options.bits_read
+    settings = Settings(options.bits_stored, bits, options.text, options.tokens)
+    settings.check()
+    set_threads(options)
+    with progress_bar("packing") as progress:
+        plan = pack(options.model, options.output, settings, progress=progress)
+    size = sum(file.stat().st_size for file in Path(options.output).iterdir())
+    print(
+        f"wrote {options.output}: {size / 1e6:,.1f} MB, {options.bits_stored} bits stored, "
+        f"{plan.settings['bits_read']:.2f} bits read per weight on {plan.text['tokens']} tokens"
+    )
