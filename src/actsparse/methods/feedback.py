@@ -9,6 +9,9 @@ Shape letters: O outputs, I inputs, L levels, T tokens.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from actsparse.kernels import planes
@@ -74,20 +77,30 @@ def round_with_feedback(
     for begin in range(0, inputs, _BLOCK):
         end = min(begin + _BLOCK, inputs)
         errors = torch.empty(end - begin, outputs, device=weight.device)
-        for i in range(begin, end):
-            column = rest[i]
-            steps = half_range[i].repeat_interleave(GROUP)[:outputs]
-            code, read = _read_value(column, steps, stored, gain, ordered_shares[:, i])
-            codes[i] = code
-            error = (column - read) / upper[i, i]
-            errors[i - begin] = error
-            if i + 1 < end:
-                rest[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+        with _one_thread():
+            for i in range(begin, end):
+                column = rest[i]
+                steps = half_range[i].repeat_interleave(GROUP)[:outputs]
+                codes[i], read = _read_value(column, steps, stored, gain, ordered_shares[:, i])
+                torch.div(column - read, upper[i, i], out=errors[i - begin])
+                if i + 1 < end:
+                    rest[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - begin], alpha=-1)
         if end < inputs:
             rest[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(inputs, device=order.device)
     return planes.pack(codes[back].T, mantissa, scale, gain, stored), rest[back].T
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Column by column the work is too small to share: waking a second thread costs more, on a busy machine fifty times."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _read_value(
