@@ -31,8 +31,8 @@ from actsparse.measure.bench.run import Settings, calibrate_on_random_tokens, me
 from actsparse.methods import make
 from actsparse.methods.base import Calibrated, Layer, Targets
 from actsparse.methods.relu import Zeros
-from actsparse.methods.statistics import Batch
-from actsparse.methods.svdp import Svdp, TokenSample
+from actsparse.methods.statistics import Batch, TokenSample
+from actsparse.methods.svdp import Svdp, sample_tokens
 from actsparse.methods.whitening import Covariance
 from actsparse.models import opening, text
 from actsparse.plan import ModelIdentity, Plan
@@ -112,7 +112,7 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
     weights = {name: torch.randn(neurons, hidden, generator=generator).bfloat16() for name in ("gate", "up")}
     weights["down"] = torch.randn(hidden, neurons, generator=generator).bfloat16()
     identity = ModelIdentity("llama", 1, hidden, neurons, 32, 8, 128, "relu", "")
-    covariance, sample = Covariance("ffn_in", hidden), TokenSample("ffn_in", hidden)
+    covariance, sample = Covariance("ffn_in", hidden), TokenSample("ffn_in", hidden, sample_tokens(hidden))
     halves = [Zeros("gate"), Zeros("gate")]
     for _ in range(4):
         x = torch.randn(2048, hidden, generator=generator) * fall

@@ -50,7 +50,7 @@ def calibrate(
     texts: str | Sequence[str] | None,
     *,
     method: str = "chess",
-    sparsity: float | Sequence[float] = 0.5,
+    sparsity: float | Sequence[float] | None = None,
     tokens: int | None = 65536,
     window: int | None = None,
     scope: str | None = None,
@@ -69,7 +69,8 @@ def calibrate(
         texts: a file, a hub dataset (see :func:`actsparse.models.text.read_documents`) or a list of strings;
             None for a method that needs no text.
         method: name of the method.
-        sparsity: target, 0 <= sparsity < 1; a sequence costs one calibration and returns a list of plans.
+        sparsity: target, 0 <= sparsity < 1; None for the method's own (0.5, svdp 0.4); a sequence costs one calibration and
+            returns a list of plans.
         tokens: how many tokens to use; None for the whole text.
         window: tokens per window; by default the method's (mostly 1024) or the model's context if shorter.
         scope: which tokens the plan sparsifies, ``all``, ``decode`` or ``last_half``; by default ``all``, or ``decode`` for
@@ -85,13 +86,15 @@ def calibrate(
     Raises:
         MethodError, TextError, ModelError, CalibrationError, PlanError: with one line that names what was wrong.
     """
+    chosen = make(method, **settings)
+    if sparsity is None:
+        sparsity = chosen.sparsity
     targets = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
     check_sparsity(targets)
     if allocation not in ALLOCATIONS:
         raise CalibrationError(f"allocation {allocation!r} is unknown: expected one of {', '.join(ALLOCATIONS)}")
     if budget is not None and scorer is None:
         raise CalibrationError("a budget was given without a scorer, expected both (actsparse.calibrate hands one in)")
-    chosen = make(method, **settings)
     scope = check_scope(chosen, scope)
     if chosen.scopes == ("decode",) and allocation != "uniform":
         raise CalibrationError(f"allocation is {allocation!r}, {method} chooses neurons per prompt: expected uniform")

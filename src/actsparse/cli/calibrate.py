@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sparsity",
         type=sparsity_list,
-        default=[0.5],
-        help="fraction skipped, 0 <= s < 1; a list 0.3,0.5 costs one run",
+        help="fraction skipped, 0 <= s < 1; a list 0.3,0.5 costs one run (default: 0.5, svdp 0.4)",
     )
     for name, takers in _options().items():
         arguments = {"default": None, **METHODS[takers[0]].options[name]}
@@ -77,7 +76,8 @@ def run(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in _options() if getattr(options, name) is not None}
     # Everything that can be refused is refused before the model is read.
     method = make(options.method, **settings)
-    engine.check_sparsity(options.sparsity)
+    targets = [method.sparsity] if options.sparsity is None else options.sparsity
+    engine.check_sparsity(targets)
     engine.check_scope(method, options.scope)
     if options.text is None and method.phases:
         raise text.TextError(f"no --text given, {method.name} needs some to calibrate on")
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     budget = None
     if options.weights_read is not None or options.max_ppl_increase is not None:
         budget = Budget(options.weights_read, options.max_ppl_increase)
-        if len(options.sparsity) > 1:
+        if len(targets) > 1:
             raise CalibrationError("a budget finds one sparsity, expected no list of them with it")
     if options.allocation not in ALLOCATIONS:
         raise CalibrationError(
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
             tokenizer,
             options.text,
             method=options.method,
-            sparsity=options.sparsity,
+            sparsity=targets,
             tokens=options.tokens,
             window=options.window,
             scope=options.scope,
@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
             **settings,
         )
     plans = plans if isinstance(plans, list) else [plans]
-    paths = engine.plan_paths(options.output, options.sparsity)
+    paths = engine.plan_paths(options.output, targets)
     for plan, path in zip(plans, paths, strict=True):
         mean = sum(plan.achieved.values()) / max(1, len(plan.achieved))
         print(

@@ -86,6 +86,7 @@ class Method(ABC):
             needs no text.
         packing: how text becomes windows (see :mod:`actsparse.models.text`).
         window: tokens per window unless the caller says otherwise.
+        sparsity: target unless the caller says otherwise.
         sites: the sites whose sparsity a caller may set one by one (see :class:`Targets`).
         scopes: the scopes its plans can have; the first is the usual one.
         activity: whether it needs the inputs of all products together with the loss's gradients, a layer at a time
@@ -102,6 +103,7 @@ class Method(ABC):
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
     packing: ClassVar[str] = "packed"
     window: ClassVar[int] = 1024
+    sparsity: ClassVar[float] = 0.5
     sites: ClassVar[tuple[str, ...]] = ("ffn",)
     scopes: ClassVar[tuple[str, ...]] = SCOPES
     activity: ClassVar[bool] = False

@@ -217,3 +217,63 @@ def core_statistics(
     compute = kernels.core_statistics if native else kernels.reference.core_statistics
     levels, counts, sums = compute(values.detach(), count, alpha, positive=positive)
     return levels, counts, sums.nan_to_num()
+
+
+class TokenSample(Statistic):
+    """A uniform sample of the tokens of one tap, at most ``capacity``, in the model's own type.
+
+    Every token draws a number from a generator seeded by its position in the text; the smallest stay.  Up to ``capacity``
+    tokens the sample is the whole text, so that nothing is estimated.
+    """
+
+    def __init__(self, tap: str, channels: int, capacity: int) -> None:
+        self.taps = (tap,)
+        self._rows = torch.zeros(0, channels)
+        self._capacity = capacity
+        self._state = {
+            "draw": torch.full((capacity,), torch.inf, dtype=torch.float64),
+            "position": torch.zeros(capacity).long(),
+            "seen": torch.zeros(1).long(),
+        }
+
+    def update(self, values: Mapping[str, torch.Tensor], batch: Batch) -> None:
+        x = values[self.taps[0]]
+        x = x.reshape(-1, x.shape[-1]).to("cpu")
+        if not bool(torch.isfinite(x).all()):
+            raise CalibrationError("activations are NaN or infinite, expected finite values")
+        self._make_room(x.dtype)
+        seen, draw, position = int(self._state["seen"]), self._state["draw"], self._state["position"]
+        fresh = torch.rand(len(x), dtype=torch.float64, generator=torch.Generator().manual_seed(seen))
+        place = torch.arange(seen, seen + len(x))
+        if seen < self._capacity:
+            # A sample that is not yet full takes every token, whatever it drew.
+            room = min(len(x), self._capacity - seen)
+            self._rows[seen : seen + room] = x[:room]
+            draw[seen : seen + room] = fresh[:room]
+            position[seen : seen + room] = place[:room]
+            x, fresh, place = x[room:], fresh[room:], place[room:]
+            self._state["seen"] += room
+        self._state["seen"] += len(x)
+        chosen = torch.cat([draw, fresh]).topk(self._capacity, largest=False).indices
+        new = chosen[chosen >= self._capacity] - self._capacity
+        stays = torch.zeros(self._capacity, dtype=torch.bool)
+        stays[chosen[chosen < self._capacity]] = True
+        free = (~stays).nonzero()[:, 0][: len(new)]
+        self._rows[free], draw[free], position[free] = x[new], fresh[new], place[new]
+
+    def _make_room(self, dtype: torch.dtype) -> None:
+        if not len(self._rows):
+            self._rows = torch.zeros(self._capacity, self._rows.shape[1], dtype=dtype)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"rows": self._rows, **self._state}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        if len(state["rows"]):
+            self._make_room(state["rows"].dtype)
+            super().load_state(state)
+
+    def tokens(self) -> torch.Tensor:
+        """The sampled values in the order of the text, [T, channels]."""
+        kept = min(int(self._state["seen"]), self._capacity)
+        return self._rows[self._state["position"][:kept].argsort()]

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from actsparse.methods.base import Calibrated, Layer, Method, MethodError, Solution, Targets
 from actsparse.methods.relu import Zeros, check_activation, skip_zeros
-from actsparse.methods.statistics import Batch, CalibrationError, Statistic
+from actsparse.methods.statistics import CalibrationError, Statistic, TokenSample
 from actsparse.methods.whitening import Covariance, LowRank, low_rank
 
 BIASES = ("none", "constant", "full", "smooth")
@@ -34,67 +34,15 @@ ALWAYS_OFF_LIMIT = 0.01
 ROUNDING = 1e-5
 # The first layers are more sensitive: their s is lower.
 GENTLE_LAYERS, GENTLER_BY = 2, 0.1
-# The rank that "auto" spends its bytes against: the middle of the published 2 to 3 % of N.
-USUAL_RANK = 0.025
-# Tokens that stand in for all of the second half. A rank among m of them is off by at most 0.5 / sqrt(m): 0.6 %.
-SAMPLE_TOKENS = 8192
-# The search for a rank compares losses that differ by far more than its own noise.
-_SEARCH_TOKENS = 2048
+# Of N, the published ranks' range; "auto" goes no lower, and spends its bytes against the middle.
+LEAST_RANK, USUAL_RANK = 0.02, 0.025
+# Tokens that stand in for all of the second half. A rank among m of them is off by at most 0.5 / sqrt(m): 0.6 %.  Where a
+# token is small (H below 2048) more are kept, in the same memory: thresholds from more tokens lose less on the next text.
+SAMPLE_TOKENS, SAMPLE_VALUES = 8192, 8192 * 2048
+# The search for a rank weighs about so many pairs of a token and a neuron, from every k-th neuron: all of them cost minutes
+# a layer. Tokens are not thinned out, because how well thresholds hold on other tokens depends on their number.
+_SEARCH_PAIRS = 8192 * 512
 _CHUNK = 512
-
-
-class TokenSample(Statistic):
-    """A uniform sample of the tokens of one tap, at most ``capacity``, in the model's own type.
-
-    Every token draws a number from a generator seeded by its position in the text; the smallest stay.  Up to ``capacity``
-    tokens the sample is the whole text, so that nothing is estimated.
-    """
-
-    def __init__(self, tap: str, channels: int, capacity: int = SAMPLE_TOKENS) -> None:
-        self.taps = (tap,)
-        self._rows = torch.zeros(0, channels)
-        self._capacity = capacity
-        self._state = {"draw": torch.full((capacity,), torch.inf, dtype=torch.float64), "seen": torch.zeros(1).long()}
-
-    def update(self, values: Mapping[str, torch.Tensor], batch: Batch) -> None:
-        x = values[self.taps[0]]
-        x = x.reshape(-1, x.shape[-1]).to("cpu")
-        if not bool(torch.isfinite(x).all()):
-            raise CalibrationError("activations are NaN or infinite, expected finite values")
-        self._make_room(x.dtype)
-        seen, draw = int(self._state["seen"]), self._state["draw"]
-        fresh = torch.rand(len(x), dtype=torch.float64, generator=torch.Generator().manual_seed(seen))
-        if seen < self._capacity:
-            # A sample that is not yet full takes every token, whatever it drew.
-            room = min(len(x), self._capacity - seen)
-            self._rows[seen : seen + room] = x[:room]
-            draw[seen : seen + room] = fresh[:room]
-            x, fresh = x[room:], fresh[room:]
-            self._state["seen"] += room
-        self._state["seen"] += len(x)
-        chosen = torch.cat([draw, fresh]).topk(self._capacity, largest=False).indices
-        new = chosen[chosen >= self._capacity] - self._capacity
-        stays = torch.zeros(self._capacity, dtype=torch.bool)
-        stays[chosen[chosen < self._capacity]] = True
-        free = (~stays).nonzero()[:, 0][: len(new)]
-        self._rows[free], draw[free] = x[new], fresh[new]
-
-    def _make_room(self, dtype: torch.dtype) -> None:
-        if not len(self._rows):
-            self._rows = torch.zeros(self._capacity, self._rows.shape[1], dtype=dtype)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"rows": self._rows, **self._state}
-
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        if len(state["rows"]):
-            self._make_room(state["rows"].dtype)
-            super().load_state(state)
-
-    def tokens(self, limit: int | None = None) -> torch.Tensor:
-        """The sampled values, [T, channels] with T at most ``limit``."""
-        kept = min(int(self._state["seen"]), self._capacity)
-        return self._rows[: kept if limit is None else min(kept, limit)]
 
 
 @dataclass(frozen=True)
@@ -114,6 +62,10 @@ class Evidence:
     exact: torch.Tensor
     energy: torch.Tensor
     power: int = 1
+
+    def part(self, tokens: slice) -> Evidence:
+        """The same of some of the tokens."""
+        return replace(self, inputs=self.inputs[tokens], exact=self.exact[:, tokens], energy=self.energy[:, tokens])
 
     def scores(self, factors: LowRank) -> torch.Tensor:
         """Predicted gate inputs, float32 [N, T]."""
@@ -141,7 +93,8 @@ class Svdp(Method):
 
     Args:
         rank: R, or ``auto``: per layer the rank that loses least energy when all of them read as many bytes as a rank of
-            2.5 % of N at this s (a higher rank has to pay by predicting more neurons inactive).
+            2.5 % of N at this s (a higher rank has to pay by predicting more neurons inactive).  Each half of the sampled
+            tokens judges thresholds made from the other: on their own tokens, low ranks look free (docs/svdp.md).
         s: the share of the natural sparsity that is predicted inactive; None takes the target sparsity's value.
         whitening: weigh the SVD by the inputs' covariance.
         bias: ``full`` (one threshold per neuron), ``constant`` (one per layer), ``none`` (zero), or ``smooth``: as full, but
@@ -154,9 +107,13 @@ class Svdp(Method):
     name = "svdp"
     source = "arXiv:2603.14110"
     phases = ((0.0, 0.5), (0.5, 1.0))
+    sparsity = 0.4
     options = {  # noqa: RUF012
         "rank": {"help": "rank of the predictor, or auto (default): chosen per layer by loss at equal bytes"},
-        "s": {"type": float, "help": "share of the natural sparsity to predict (default: the value of --sparsity)"},
+        "s": {
+            "type": float,
+            "help": "share of the natural sparsity to predict (default: the value of --sparsity, 0.4)",
+        },
         "whitening": {"action": argparse.BooleanOptionalAction, "help": "weigh the SVD by the inputs (default: yes)"},
         "bias": {
             "choices": BIASES,
@@ -200,7 +157,7 @@ class Svdp(Method):
                 "gate/zeros/first": Zeros("gate"),
             }
         return {
-            "ffn_in/sample": TokenSample("ffn_in", layer.model.hidden),
+            "ffn_in/sample": TokenSample("ffn_in", layer.model.hidden, sample_tokens(layer.model.hidden)),
             "gate/zeros/second": Zeros("gate"),
         }
 
@@ -220,9 +177,9 @@ class Svdp(Method):
         factors = self._factors(layer, statistics)
         sample: TokenSample = statistics["ffn_in/sample"]  # type: ignore[assignment]
         if self.rank == "auto":
-            few = evidence(layer, sample.tokens(_SEARCH_TOKENS), self.penalty)
-            rank, inactive = self._choose_rank(layer, factors, few, inactive)
+            rank, inactive, unseen = self._choose_rank(layer, factors, sample.tokens(), inactive)
             factors = factors.cut(rank)
+            solution.facts.setdefault("energy_lost_unseen", []).append(float(f"{unseen:.3g}"))
         tokens = evidence(layer, sample.tokens(), self.penalty)
         scores = tokens.scores(factors)
         threshold = self._threshold(scores, tokens, inactive)
@@ -249,20 +206,24 @@ class Svdp(Method):
         covariance: Covariance = statistics["ffn_in/covariance"]  # type: ignore[assignment]
         return low_rank(weight, rank, covariance.mean if self.whitening else None)
 
-    def _choose_rank(self, layer: Layer, factors: LowRank, few: Evidence, inactive: float) -> tuple[int, float]:
-        """The rank of least loss among those that read the same bytes, and the inactive rate that pays for it."""
+    def _choose_rank(
+        self, layer: Layer, factors: LowRank, tokens: torch.Tensor, inactive: float
+    ) -> tuple[int, float, float]:
+        """The rank of least loss among those that read the same bytes, the inactive rate that pays for it, and that loss."""
+        if len(tokens) < 2:
+            raise CalibrationError(f"rank auto judges on tokens of its own, expected at least 2, got {len(tokens)}")
         neurons, hidden = layer.model.neurons, layer.model.hidden
-        row_of_rank = (hidden + neurons) / (hidden * neurons)
-        usual = USUAL_RANK * neurons
+        every = -(-neurons * len(tokens) // _SEARCH_PAIRS)
+        factors = replace(factors, b=factors.b[::every])
+        whole, middle = evidence(layer, tokens, self.penalty, every), len(tokens) // 2
+        halves = whole.part(slice(middle)), whole.part(slice(middle, None))
         best = (float("inf"), 0, 0.0)
-        for rank in candidate_ranks(layer):
-            pays = inactive + (rank - usual) * row_of_rank
-            if pays >= 1:
-                continue
-            scores = few.scores(factors.cut(rank))
-            lost = outcome(scores, few, self._threshold(scores, few, max(0.0, pays))).energy_lost
-            best = min(best, (lost, rank, max(0.0, pays)))
-        return best[1], best[2]
+        for rank, rate in affordable_ranks(candidate_ranks(layer), hidden, neurons, inactive):
+            scores = [half.scores(factors.cut(rank)) for half in halves]
+            thresholds = [self._threshold(seen, half, rate) for seen, half in zip(scores, halves, strict=True)]
+            lost = [outcome(scores[unseen], halves[unseen], thresholds[1 - unseen]).energy_lost for unseen in range(2)]
+            best = min(best, (sum(lost) / 2, rank, rate))
+        return best[1], best[2], best[0]
 
     def _threshold(self, scores: torch.Tensor, tokens: Evidence, inactive: float) -> torch.Tensor:
         """Per neuron, the score up to which it is predicted inactive, float32 [N]."""
@@ -289,11 +250,27 @@ def parse_rank(rank: int | str) -> int | str:
     return number
 
 
+def sample_tokens(hidden: int) -> int:
+    """How many tokens of H values a layer's sample holds."""
+    return max(SAMPLE_TOKENS, SAMPLE_VALUES // hidden)
+
+
 def candidate_ranks(layer: Layer) -> list[int]:
-    """Ranks that ``auto`` compares: 0.6 to 10 % of N in steps of sqrt(2), multiples of 8, at most an eighth of H (or 128)."""
+    """Ranks that ``auto`` compares: 2 to 11 % of N in steps of sqrt(2), multiples of 8, at most an eighth of H (or 128)."""
     most = min(layer.model.hidden, layer.model.neurons, max(128, layer.model.hidden // 8))
-    steps = (USUAL_RANK / 4 * 2 ** (step / 2) * layer.model.neurons for step in range(9))
-    return sorted({min(most, max(8, 8 * round(rank / 8))) for rank in steps})
+    steps = (LEAST_RANK * 2 ** (step / 2) * layer.model.neurons for step in range(6))
+    return sorted({min(most, max(8, 8 * math.ceil(rank / 8))) for rank in steps})
+
+
+def affordable_ranks(ranks: Sequence[int], hidden: int, neurons: int, inactive: float) -> list[tuple[int, float]]:
+    """Each rank with the inactive rate at which it reads what ``USUAL_RANK`` of N reads at ``inactive``.
+
+    A rank costs H + N values, a neuron predicted active its gate row of H.  Ranks that would leave no neuron active are left
+    out; if that is all of them, the smallest stays, at ``inactive``.
+    """
+    row_of_rank = (hidden + neurons) / (hidden * neurons)
+    rates = [(rank, max(0.0, inactive + (rank - USUAL_RANK * neurons) * row_of_rank)) for rank in ranks]
+    return [(rank, rate) for rank, rate in rates if rate < 1] or [(min(ranks), inactive)]
 
 
 def layer_budget(index: int, s: float) -> float:
@@ -312,15 +289,22 @@ def gate_weight(layer: Layer) -> torch.Tensor:
     return layer.weight("gate" if layer.gated else "up")
 
 
-def evidence(layer: Layer, tokens: torch.Tensor, penalty: str) -> Evidence:
-    """Run the layer's own weights over sampled inputs [T, H]."""
+def evidence(layer: Layer, tokens: torch.Tensor, penalty: str, every: int = 1) -> Evidence:
+    """Run the layer's own weights over sampled inputs [T, H]; with ``every``, of one in so many neurons."""
     x = tokens.float()
-    neurons = layer.model.neurons
-    bias = layer.bias("gate" if layer.gated else "up")
-    offset = torch.zeros(neurons) if bias is None else bias.detach().to("cpu", torch.float32)
-    gate, up = gate_weight(layer), layer.weight("up")
-    up_bias = layer.bias("up") if layer.gated else None
-    norms = layer.weight("down").detach().to("cpu", torch.float32).norm(dim=0)
+    some = slice(None, None, every)
+
+    def bias_of(projection: str) -> torch.Tensor | None:
+        bias = layer.bias(projection)
+        return None if bias is None else bias.detach().to("cpu", torch.float32)[some]
+
+    gate, up = gate_weight(layer)[some], layer.weight("up")[some]
+    neurons = len(gate)
+    offset = bias_of("gate" if layer.gated else "up")
+    if offset is None:
+        offset = torch.zeros(neurons)
+    up_bias = bias_of("up") if layer.gated else None
+    norms = layer.weight("down")[:, some].detach().to("cpu", torch.float32).norm(dim=0)
     power = 2 if layer.model.activation == "relu2" else 1
     exact = torch.empty(neurons, len(x))
     energy = torch.empty(neurons, len(x))
@@ -331,7 +315,7 @@ def evidence(layer: Layer, tokens: torch.Tensor, penalty: str) -> Evidence:
         if layer.gated and penalty != "gate":
             u = up[rows].detach().to("cpu", torch.float32) @ x.T
             if up_bias is not None:
-                u += up_bias[rows, None].detach().to("cpu", torch.float32)
+                u += up_bias[rows, None]
             g *= u.relu() if layer.model.activation == "drelu" else u
         energy[rows] = (g * norms[rows, None] if penalty == "full" else g).square()
     return Evidence(x, offset, exact, energy, power)
@@ -418,7 +402,7 @@ class Outcome:
 
 
 def outcome(scores: torch.Tensor, tokens: Evidence, threshold: torch.Tensor) -> Outcome:
-    """Judge thresholds [N] on the tokens they were made from."""
+    """Judge thresholds [N] on tokens, those they were made from or others."""
     inactive = kept = lost = total = 0.0
     for at in range(0, len(scores), _CHUNK):
         rows = slice(at, at + _CHUNK)
