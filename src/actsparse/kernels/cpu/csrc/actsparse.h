@@ -35,9 +35,10 @@ typedef struct {
 typedef struct {
   const uint8_t *plane, *mantissa;
   int64_t stride, plane_stride, mantissa_stride;  // bytes
-  const float* step;       // [L, in]: scale times gain, of each level
+  const uint16_t* scale;   // [in] bfloat16
   const float* threshold;  // [L, in]; NULL = every plane is read
   const float* center;     // [in]; NULL = zeros
+  float gain[4];           // of each level
   int32_t planes;          // L: 2, 3 or 4
 } as_packed;
 

@@ -135,8 +135,8 @@ class Packed {
         planes += __builtin_popcountll(any);
         if (p == 0) first += __builtin_popcountll(any);
       }
-    // With the first plane come a column's mantissas, scale and gain.
-    count_packed(stats, planes, p_->w->in * p_->w->out, planes * 16 * groups_ + first * (groups_ + 8));
+    // With the first plane come a column's mantissas and scale.
+    count_packed(stats, planes, p_->w->in * p_->w->out, planes * 16 * groups_ + first * (groups_ + 2));
   }
 
  private:
@@ -273,7 +273,7 @@ class Packed {
 bool valid_packed(const as_matrix& w) {
   const as_packed* const p = static_cast<const as_packed*>(w.data);
   const int64_t groups = groups_of(w);
-  return w.layout == AS_COLUMNS && w.in <= most_columns && p->plane && p->mantissa && p->step && p->planes >= 2 &&
+  return w.layout == AS_COLUMNS && w.in <= most_columns && p->plane && p->mantissa && p->scale && p->planes >= 2 &&
          p->planes <= max_planes && p->stride >= 16 * groups && p->plane_stride >= 16 * groups && p->mantissa_stride >= groups;
 }
 
@@ -340,7 +340,7 @@ int32_t as_unpack(const as_matrix* w, int64_t begin, int64_t end, int32_t level,
       for (int64_t k = s.begin; k < s.end; ++k) {
         char* const to = static_cast<char*>(out) + k * w->out * element_size(out_dtype);
         float* const row = rows ? rows + task * stride : reinterpret_cast<float*>(to);
-        graded.unpack(p, w->in, w->out, begin + k, level, row);
+        graded.unpack(p, w->out, begin + k, level, row);
         if (rows) isa.narrow(out_dtype, row, to, w->out);
       }
     });

@@ -36,12 +36,12 @@ constexpr int64_t coefficient_room = (block_columns / 4) * strip_tiles * tile_gr
 
 struct GradedOps {
   const char* name;
-  // Grades `count` <= 64 columns of x from `first` on; coefficients[c] becomes (x - center) step, 0 where nothing is read.
+  // Grades `count` <= 64 columns of x from `first` on; coefficients[c] becomes (x - center) scale gain, 0 where nothing is read.
   Grades (*grade)(const as_packed& w, int64_t in, const float* x, int64_t first, int64_t count, float* coefficients);
   // sums[tile][field][k][16] += coefficient * code, centres[group] += coefficient * (2^S - 2^(S - bits read)). `next` is the
   // block to request while this one is multiplied, or NULL; `room` holds 2 * coefficient_room.
   void (*add)(const Block& block, const Block* next, int32_t* room, int32_t* sums, int32_t* centres);
-  void (*unpack)(const as_packed& w, int64_t in, int64_t out, int64_t column, int32_t level, float* to);
+  void (*unpack)(const as_packed& w, int64_t out, int64_t column, int32_t level, float* to);
 };
 
 // NULL when the file was compiled for another architecture.

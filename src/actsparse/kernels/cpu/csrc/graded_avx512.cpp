@@ -3,7 +3,7 @@
 
 #include "graded.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 
 namespace actsparse {
@@ -56,15 +56,17 @@ Grades grade(const as_packed& w, int64_t in, const float* x, int64_t first, int6
     __m512 v = _mm512_maskz_loadu_ps(here, x + first + c);
     if (w.center) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(here, w.center + first + c));
     const __m512 size = _mm512_and_ps(v, magnitude);
-    __m512 step = _mm512_setzero_ps();
+    const __m512i scale = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, w.scale + first + c));
+    __m512 gain = _mm512_setzero_ps();
     __mmask16 kept = here;
     for (int p = 0; p < w.planes; ++p) {
       if (w.threshold)
         kept = _mm512_mask_cmp_ps_mask(kept, size, _mm512_maskz_loadu_ps(here, w.threshold + p * in + first + c), _CMP_NLT_UQ);
       read[p] |= uint64_t(kept) << c;
-      step = _mm512_mask_loadu_ps(step, kept, w.step + p * in + first + c);
+      gain = _mm512_mask_mov_ps(gain, kept, _mm512_set1_ps(w.gain[p]));
     }
     const __mmask16 any = __mmask16(read[0] >> c);
+    const __m512 step = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(scale, 16)), gain);
     const __m512 a = _mm512_maskz_mul_ps(any, v, step), b = _mm512_and_ps(a, magnitude);
     _mm512_mask_storeu_ps(coefficients + c, here, a);
     sum = _mm512_add_ps(sum, b);

@@ -4,6 +4,13 @@
 // The order in which the coefficients' magnitudes are added is part of the result: sixteen sums, joined pairwise.
 constexpr int lanes = 16;
 
+inline float scale_of(const as_packed& w, int64_t column) {
+  const uint32_t u = uint32_t(w.scale[column]) << 16;
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+
 inline Grades joined(const float* sum, const float* top) {
   float s[lanes], t[lanes];
   for (int k = 0; k < lanes; ++k) {
@@ -30,7 +37,7 @@ inline Grades grade_plain(const as_packed& w, int64_t in, const float* x, int64_
     int level = w.threshold ? 0 : w.planes;
     while (level < w.planes && !(__builtin_fabsf(v) < w.threshold[level * in + i])) ++level;
     for (int p = 0; p < level; ++p) read[p] |= uint64_t(1) << c;
-    const float a = level ? v * w.step[(level - 1) * in + i] : 0.0f, magnitude = __builtin_fabsf(a);
+    const float a = level ? v * (scale_of(w, i) * w.gain[level - 1]) : 0.0f, magnitude = __builtin_fabsf(a);
     coefficients[c] = a;
     sum[c % lanes] += magnitude;
     top[c % lanes] = top[c % lanes] < magnitude ? magnitude : top[c % lanes];
@@ -61,10 +68,10 @@ inline void coefficients_of(const uint8_t* const* mantissa, const int32_t* multi
 
 inline bool is_high(int32_t multiplier) { return multiplier > max_multiplier || multiplier < -max_multiplier; }
 
-void unpack_plain(const as_packed& w, int64_t in, int64_t out, int64_t column, int32_t level, float* to) {
+void unpack_plain(const as_packed& w, int64_t out, int64_t column, int32_t level, float* to) {
   const uint8_t* const plane = w.plane + column * w.stride;
   const uint8_t* const mantissa = w.mantissa + column * w.mantissa_stride;
-  const float step = w.step[(level - 1) * in + column] * (1.0f / float(1 << (2 * level - 1))) / 255.0f;
+  const float step = scale_of(w, column) / 255.0f * w.gain[level - 1] / float(1 << (2 * level - 1));
   const float centre = 0.5f - float(1 << (2 * level - 1));
   for (int64_t g = 0; g * group_outputs < out; ++g) {
     float values[group_outputs];
