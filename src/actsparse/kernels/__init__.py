@@ -11,6 +11,7 @@ gradients, goes through :mod:`.reference`: the same masked arithmetic as dense P
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from .cpu import (
     layer_of,
     matrix_of,
     norm_of,
+    packed_of,
     read_bandwidth,
     reset_stats,
     select_isa,
@@ -46,8 +48,9 @@ from .rules import NAMES, Rules
 __all__ = [
     "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "Rules", "available_isas",
     "channel_statistics", "core_statistics", "decode_step", "decoder_of", "explain", "ffn_of", "gated_ffn",
-    "graded_linear", "isa", "layer_of", "linear", "matrix_of", "norm_of", "path_for", "planes", "portable",
-    "read_bandwidth", "reference", "reset_stats", "select_isa", "stats", "use_huge_pages",
+    "graded_linear", "graded_path", "isa", "layer_of", "linear", "matrix_of", "norm_of", "packed_of", "path_for",
+    "planes", "portable",
+    "read_bandwidth", "reference", "reset_stats", "select_isa", "stats", "unpack_columns", "use_huge_pages",
 ]  # fmt: skip
 
 
@@ -159,14 +162,107 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Ten
     return torch.ops.actsparse.linear(x, weight, bias, threshold)
 
 
-def graded_linear(x: Tensor, packed: planes.Packed, thresholds: Tensor, center: Tensor, start: Tensor) -> Tensor:
+# ---- packed matrices ---------------------------------------------------------------------------------------------------
+
+# The structure last made for a packed matrix, and the tensors that it was made for.
+_matrices: WeakKeyDictionary[planes.Packed, tuple[tuple[Tensor | None, ...], Matrix]] = WeakKeyDictionary()
+# Columns unpacked at a time for many rows: a few MB, so that they are still in cache when they are multiplied.
+_UNPACKED_BYTES = 8 << 20
+
+
+def _packed_obstacle(x: Tensor, packed: planes.Packed) -> str:
+    return _obstacle(x, ()) or cpu.packed_obstacle(packed)
+
+
+def graded_path(x: Tensor, packed: planes.Packed) -> str:
+    """The path of :func:`graded_linear` with these operands: "cpu-" and the instruction set, or "reference"."""
+    return "reference" if _packed_obstacle(x, packed) else f"cpu-{isa()}"
+
+
+def _matrix_for(packed: planes.Packed, *rules: Tensor | None) -> Matrix | None:
+    """The structure for a packed matrix with these rules, kept while they stay the same; None where there can be none."""
+    known = _matrices.get(packed)
+    if known is not None and all(a is b for a, b in zip(known[0], rules, strict=True)):
+        return known[1]
+    if cpu.missing or cpu.packed_obstacle(packed):
+        return None
+    matrix = cpu.packed_of(packed, *rules)
+    _matrices[packed] = (rules, matrix)
+    return matrix
+
+
+def graded_linear(
+    x: Tensor,
+    packed: planes.Packed,
+    thresholds: Tensor | None = None,
+    center: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
     """y = start + sum over i of (x_i - center_i) W_b[:, i], b the level that ``|x_i - center_i|`` reads of a packed W.
 
-    x [..., I]; thresholds float32 [L, I], center float32 [I], start float32 [O].  Returns [..., O] in x's type; see
-    :func:`actsparse.kernels.planes.linear`.
+    x [..., I]; thresholds float32 [L, I], not falling along L (None: every plane is read), center float32 [I], start float32
+    [O].  Returns [..., O] in x's type; see :func:`actsparse.kernels.planes.linear`.  1 to 8 rows on the CPU are multiplied in
+    the packed matrix, by whole numbers (``docs/format.md`` bounds the difference); more rows with weights that are unpacked a
+    few columns at a time.  Raises ValueError when shapes do not fit.
     """
-    compute = x.dtype if _rows(x) > MAX_BATCH else None
-    return planes.linear(x, packed, thresholds, center, start, compute)
+    if x.dim() == 0 or x.shape[-1] != packed.inputs:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the packed matrix takes {packed.inputs} features")
+    matrix = None if torch.compiler.is_compiling() else _matrix_for(packed, thresholds, center, start)
+    if matrix is not None and not _obstacle(x, ()):
+        return cpu.graded_linear(x, matrix)
+    if _rows(x) <= MAX_BATCH:
+        return planes.linear(x, packed, thresholds, center, start)
+    return _graded_rows(x, packed, matrix, thresholds, center, start)
+
+
+def _graded_rows(
+    x: Tensor,
+    packed: planes.Packed,
+    matrix: Matrix | None,
+    thresholds: Tensor | None,
+    center: Tensor | None,
+    start: Tensor | None,
+) -> Tensor:
+    """:func:`graded_linear` of many rows, computed in x's type, without ever holding the whole matrix unpacked."""
+    if matrix is None or x.dtype not in cpu.DTYPES or not x.is_cpu:
+        return planes.linear(x, packed, thresholds, center, start, x.dtype)
+    rows = x.reshape(-1, packed.inputs)
+    deviation = rows if center is None else (rows.float() - center).to(x.dtype)
+    read = None if thresholds is None else planes.levels_read(rows, thresholds, center)
+    y = torch.zeros(len(rows), packed.out, dtype=x.dtype)
+    if start is not None:
+        y += start.to(x.dtype)
+    step = max(64, _UNPACKED_BYTES // (packed.out * x.element_size()))
+    for begin in range(0, packed.inputs, step):
+        end = min(begin + step, packed.inputs)
+        for planes_read in range(1 if read is not None else len(packed.planes), len(packed.planes) + 1):
+            part = deviation[:, begin:end]
+            if read is not None:
+                here = read[:, begin:end] == planes_read
+                if not bool(here.any()):
+                    continue
+                part = torch.where(here, part, torch.zeros((), dtype=x.dtype))
+            y.addmm_(part, cpu.unpack_columns(matrix, begin, end, planes_read, x.dtype))
+    return y.reshape(*x.shape[:-1], packed.out)
+
+
+def unpack_columns(
+    packed: planes.Packed, begin: int, end: int, dtype: torch.dtype, level: int | None = None
+) -> Tensor:
+    """W[:, begin:end] of a packed matrix read to ``level`` bits (None: all of them), transposed: [end - begin, O].
+
+    Raises ValueError for columns or a level that the matrix does not have.
+    """
+    level = packed.stored if level is None else level
+    if level not in packed.levels:
+        raise ValueError(f"level is {level}, expected one of {', '.join(map(str, packed.levels))}")
+    if not 0 <= begin <= end <= packed.inputs:
+        raise ValueError(f"columns {begin} to {end}, expected some of {packed.inputs}")
+    known = _matrices.get(packed)
+    matrix = known[1] if known is not None else _matrix_for(packed, None, None, None)
+    if matrix is None or dtype not in cpu.DTYPES:
+        return planes.unpack(packed, level, dtype)[:, begin:end].T
+    return cpu.unpack_columns(matrix, begin, end, level // 2, dtype)
 
 
 # ---- feed-forward block ----------------------------------------------------------------------------------------------

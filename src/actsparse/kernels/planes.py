@@ -23,6 +23,7 @@ from torch import Tensor
 GROUP = 64
 STORED = (4, 6, 8)
 _BYTES = GROUP // 4
+_LINE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +103,8 @@ def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: i
     """Codes uint8 [O, I] below 2^stored as planes; mantissa uint8 [G, I], scale [I], gain [L]; ValueError if they misfit.
 
     A column is one record, mantissas and planes one after the other, so that reading it to a level reads one run of bytes.
+    Each part is filled up to whole lines of 64 bytes, and a record to an odd number of them: columns that are read at the
+    same time then lie in different memory channels and cache sets.
     """
     if stored not in STORED:
         raise ValueError(f"{stored} bits stored, expected 4, 6 or 8")
@@ -111,13 +114,13 @@ def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: i
     padded[:, :outputs] = codes.T
     # [I, G, k, j]: output 16 k + j of each group.
     fields = padded.view(inputs, groups, 4, _BYTES)
-    head = -(-groups // _BYTES) * _BYTES  # planes start at whole 16-byte runs
-    record = codes.new_zeros(inputs, head + stored // 2 * _BYTES * groups)
+    head, room = -(-groups // _LINE) * _LINE, -(-_BYTES * groups // _LINE) * _LINE
+    record = _records(inputs, head + stored // 2 * room, codes.device)
     record[:, :groups] = mantissa.T
     planes = []
     for p in range(stored // 2):
         bits = (fields >> (stored - 2 - 2 * p)) & 3
-        begin = head + p * _BYTES * groups
+        begin = head + p * room
         plane = record[:, begin : begin + _BYTES * groups]
         plane.view(inputs, groups, _BYTES).copy_(
             bits[:, :, 0] | (bits[:, :, 1] << 2) | (bits[:, :, 2] << 4) | (bits[:, :, 3] << 6)
@@ -126,6 +129,14 @@ def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: i
     packed = Packed(outputs, record[:, :groups], tuple(planes), scale.to(torch.bfloat16), gain.float())
     packed.check()
     return packed
+
+
+def _records(count: int, size: int, device: torch.device) -> Tensor:
+    """Zeros [count, size], the rows an odd number of lines apart, the first at a line's begin."""
+    stride = (size // _LINE | 1) * _LINE
+    storage = torch.zeros(count * stride + _LINE, dtype=torch.uint8, device=device)
+    skip = -storage.data_ptr() % _LINE
+    return storage[skip : skip + count * stride].view(count, stride)
 
 
 def codes_of(packed: Packed, level: int | None = None) -> Tensor:

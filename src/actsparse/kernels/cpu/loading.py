@@ -12,7 +12,7 @@ import torch
 
 from .structures import FFN, Call, Decoder, Matrix, Stats
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_BATCH = 8
 
 
@@ -41,6 +41,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("as_linear", [POINTER(Matrix), pointer, pointer, pointer, i64, i32, POINTER(Stats)], i32),
         ("as_linear_rows", [POINTER(Matrix), pointer, i64, pointer, pointer, i64, i32, POINTER(Stats)], i32),
         ("as_ffn_forward", [POINTER(FFN), pointer, pointer, i64, i32, POINTER(Stats)], i32),
+        ("as_unpack", [POINTER(Matrix), i64, i64, i32, pointer, i32], i32),
         ("as_decode_step", [POINTER(Decoder), i64, i64, pointer, POINTER(Stats)], i32),
         (
             "as_channel_statistics",
@@ -124,7 +125,8 @@ def select_isa(name: str) -> None:
 def stats() -> dict[str, int]:
     """Work done by native calls since :func:`reset_stats`.
 
-    Stored rows or columns read per matrix, bytes of weights, and nanoseconds inside the parallel regions that multiply (with
+    Stored rows or columns read per matrix, bytes of weights, planes of packed columns and the weights of the packed matrices
+    multiplied (so that 8 bytes / packed_weights are the bits read of each, where only packed ones were), and nanoseconds inside the parallel regions that multiply (with
     waking and joining threads): what a call takes beyond them is overhead.
     """
     return {field[0]: int(getattr(_stats, field[0])) for field in Stats._fields_}

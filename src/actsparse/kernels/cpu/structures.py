@@ -16,6 +16,7 @@ from ..rules import Rules
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "relu": 1, "relu2": 2, "gelu": 3, "gelu_tanh": 4, "identity": 5}
+PACKED = 3  # ``AS_PACKED``, beside DTYPES
 ROWS, COLUMNS = 0, 1
 NORMS = {"rms": 0, "layer": 1}
 
@@ -46,6 +47,8 @@ class Stats(Structure):
         ("up_rows", c_int64),
         ("down_rows", c_int64),
         ("bytes", c_int64),
+        ("packed_planes", c_int64),
+        ("packed_weights", c_int64),
         ("product_ns", c_int64),
     ]
 

@@ -11,16 +11,17 @@
 extern "C" {
 #endif
 
-#define AS_ABI_VERSION 5
+#define AS_ABI_VERSION 6
 #define AS_MAX_BATCH 8
 #define AS_API __attribute__((visibility("default")))
 
-typedef enum { AS_F32 = 0, AS_BF16 = 1, AS_F16 = 2 } as_dtype;
+typedef enum { AS_F32 = 0, AS_BF16 = 1, AS_F16 = 2, AS_PACKED = 3 } as_dtype;  // AS_PACKED: as_matrix only
 typedef enum { AS_ROWS = 0, AS_COLUMNS = 1 } as_layout;  // what lies contiguous: a row W[o, :] or a column W[:, i]
 typedef enum { AS_SILU = 0, AS_RELU = 1, AS_RELU2 = 2, AS_GELU = 3, AS_GELU_TANH = 4, AS_IDENTITY = 5 } as_activation;
 typedef enum { AS_OK = 0, AS_EINVAL = -1, AS_ENOMEM = -2 } as_error;
 
-// W is logically [out, in]; element (o, i) is data[o * stride + i] (AS_ROWS) or data[i * stride + o] (AS_COLUMNS).
+// W is logically [out, in]; element (o, i) is data[o * stride + i] (AS_ROWS) or data[i * stride + o] (AS_COLUMNS). With dtype
+// AS_PACKED (always AS_COLUMNS) data points to an as_packed, which holds its own thresholds: none may be given beside it.
 typedef struct {
   const void* data;   // NULL = this matrix is absent
   const float* bias;  // [out] or NULL
@@ -28,10 +29,24 @@ typedef struct {
   int32_t dtype, layout;
 } as_matrix;
 
+// Nested low-bit weights (docs/format.md), L planes of two bits: column i begins at plane + i * stride (plane p a further
+// p * plane_stride on) and mantissa + i * mantissa_stride. x_i - center_i is multiplied with the first k planes, k the number of
+// thresholds [L, in] (not falling along L) that it does not lie under in magnitude.
+typedef struct {
+  const uint8_t *plane, *mantissa;
+  int64_t stride, plane_stride, mantissa_stride;  // bytes
+  const uint16_t* scale;   // [in] bfloat16
+  const float* threshold;  // [L, in]; NULL = every plane is read
+  const float* center;     // [in]; NULL = zeros
+  float gain[4];           // of each level
+  int32_t planes;          // L: 2, 3 or 4
+} as_packed;
+
 // Work actually done by one call, added to (not set). Rows counts are per matrix and include each stored row or column once
 // per call even when several batch rows use it; bytes are weight bytes read.
 typedef struct {
   int64_t gate_rows, up_rows, down_rows, bytes;
+  int64_t packed_planes, packed_weights;  // planes of columns read, and weights of the packed matrices multiplied
   int64_t product_ns;  // in the parallel regions that multiply, with waking and joining threads; the rest is overhead
 } as_stats;
 
@@ -45,6 +60,7 @@ typedef struct {
 // With gate.data == NULL there is no gate: g is act(up[C] x), v = g - mean (plain FFN, as OPT); thresholds apply to g.
 // gate and up may be AS_ROWS (neurons skipped) or AS_COLUMNS (inputs skipped by *_in_threshold); in AS_COLUMNS layout
 // every neuron of the candidates is still computed (no rows can be skipped) and thresholds only decide down.
+// Packed matrices take neither neurons nor predictor.
 typedef struct {
   as_matrix gate, up, down;  // [N, H], [N, H], [H, N]; down is AS_COLUMNS for real skipping
   int32_t activation, up_activation;
@@ -110,6 +126,8 @@ AS_API int32_t as_linear(const as_matrix* w, const float* threshold, const void*
 // y[b, i] = W[i] . x[b] + bias for the rows named in `rows` (ascending); every other y is left untouched. AS_ROWS only.
 AS_API int32_t as_linear_rows(const as_matrix* w, const int32_t* rows, int64_t row_count, const void* x, void* y, int64_t batch,
                        int32_t io_dtype, as_stats* stats);
+// Columns [begin, end) of a packed matrix read to `level` planes, as out [end - begin, w->out] of out_dtype.
+AS_API int32_t as_unpack(const as_matrix* w, int64_t begin, int64_t end, int32_t level, void* out, int32_t out_dtype);
 AS_API int32_t as_ffn_forward(const as_ffn* ffn, const void* x, void* y, int64_t batch, int32_t io_dtype, as_stats* stats);
 // One token: embeds `token`, appends to the caches at `position`, writes float32 logits [vocab].
 AS_API int32_t as_decode_step(const as_decoder* decoder, int64_t token, int64_t position, float* logits, as_stats* stats);

@@ -6,21 +6,23 @@
 namespace actsparse {
 namespace {
 
-bool valid_shape(const as_matrix& w, int64_t out, int64_t in) { return valid_matrix(w) && w.out == out && w.in == in; }
+bool valid_shape(const as_matrix& w, int64_t out, int64_t in, const float* threshold = nullptr) {
+  return valid_matrix(w) && w.out == out && w.in == in && !(threshold && is_packed(w));
+}
 
 bool valid_decoder(const as_decoder& d) {
   if (d.layers < 0 || d.hidden <= 0 || d.heads <= 0 || d.kv_heads <= 0 || d.head_dim <= 0 || d.cache_length <= 0)
     return false;
   if (d.heads % d.kv_heads || d.window < 0 || (d.layers && !d.layer) || !d.cosine != !d.sine) return false;
   if ((d.cosine && d.head_dim % 2) || d.cache_dtype < AS_F32 || d.cache_dtype > AS_F16) return false;
-  if (!valid_matrix(d.embedding) || d.embedding.layout != AS_ROWS || d.embedding.in != d.hidden) return false;
+  if (!valid_matrix(d.embedding) || d.embedding.layout != AS_ROWS || is_packed(d.embedding) || d.embedding.in != d.hidden) return false;
   if (d.lm_head.data && !valid_shape(d.lm_head, d.lm_head.out, d.hidden)) return false;
   if (!(d.attention_scale > 0.0f)) return false;
   const int64_t q_width = d.heads * d.head_dim, kv_width = d.kv_heads * d.head_dim;
   for (int64_t i = 0; i < d.layers; ++i) {
     const as_layer& l = d.layer[i];
-    if (!valid_shape(l.q, q_width, d.hidden) || !valid_shape(l.k, kv_width, d.hidden) ||
-        !valid_shape(l.v, kv_width, d.hidden) || !valid_shape(l.o, d.hidden, q_width) || !l.k_cache || !l.v_cache)
+    if (!valid_shape(l.q, q_width, d.hidden, l.q_threshold) || !valid_shape(l.k, kv_width, d.hidden, l.k_threshold) ||
+        !valid_shape(l.v, kv_width, d.hidden, l.v_threshold) || !valid_shape(l.o, d.hidden, q_width, l.o_threshold) || !l.k_cache || !l.v_cache)
       return false;
     if (!valid_ffn(l.ffn) || l.ffn.up.in != d.hidden || l.ffn.down.out != d.hidden) return false;
     if (l.ffn.neurons && l.ffn.neuron_count > 0 &&

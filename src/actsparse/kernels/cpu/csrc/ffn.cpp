@@ -73,10 +73,15 @@ bool valid_ffn(const as_ffn& f) {
                              f.predictor_a.in != f.up.in || f.predictor_b.in != f.predictor_a.out ||
                              f.predictor_b.out != f.up.out))
     return false;
+  if (is_packed(f.gate) || is_packed(f.up) || is_packed(f.down) || is_packed(f.predictor_a) || is_packed(f.predictor_b)) {
+    if ((f.gate.data && !is_packed(f.gate)) || !is_packed(f.up) || !is_packed(f.down)) return false;
+    if (f.predictor_a.data || f.neurons || f.gate_in_threshold || f.up_in_threshold) return false;
+  }
   return !f.neurons || (f.neuron_count >= 0 && f.neuron_count <= f.up.out);
 }
 
 void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats) {
+  if (is_packed(f.up)) return packed_ffn(f, x, x_stride, y, y_stride, batch, stats);
   const IsaOps& isa = ops();
   const bool gated = f.gate.data != nullptr, up_rows = f.up.layout == AS_ROWS;
   const Candidates c = find_candidates(f, x, x_stride, batch, stats);

@@ -60,6 +60,7 @@ class Arena {
 };
 Arena& arena();
 
+// Of anything but a packed matrix.
 inline int64_t element_size(int32_t dtype) { return dtype == AS_F32 ? 4 : 2; }
 // Stored vectors (rows of AS_ROWS, columns of AS_COLUMNS) and their length.
 inline int64_t stored_count(const as_matrix& w) { return w.layout == AS_ROWS ? w.out : w.in; }
@@ -72,6 +73,7 @@ inline const void* stored_at(const as_matrix& w, int64_t i) {
 inline int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16 + 16; }
 
 bool valid_matrix(const as_matrix& w);
+inline bool is_packed(const as_matrix& w) { return w.data && w.dtype == AS_PACKED; }
 
 // Activations [batch, stride]: float32 at `x`, or values of another type at `raw` (dense), which whoever needs them in
 // float32 widens into `x` first.
@@ -101,6 +103,9 @@ class Claims {
   State* state_ = nullptr;
   int64_t count_ = 0;
 };
+
+// Waits until a counter that running tasks raise has reached `target`.
+void wait_until(const int64_t* counter, int64_t target);
 
 // A list of stored rows or columns cut into segments: one for each task, or (finely) a large one for each and then smaller and
 // smaller ones for whoever is done first, because cores rarely get equal shares of the memory's bandwidth. Where the cuts are
@@ -214,6 +219,10 @@ inline Product prepare(const as_matrix& w, const float* threshold, const float* 
 }
 // Computes all products in one parallel region (and one more for each large sum); adds the bytes read to stats.
 void run(Product* products, int64_t count, int64_t batch, as_stats* stats);
+// The same for packed matrices, at most three.
+void run_packed(Product* const* products, int64_t count, int64_t batch, as_stats* stats);
+bool valid_packed(const as_matrix& w);
+int64_t packed_bytes(const as_matrix& w);  // of all its planes and mantissas
 // Adds the time from its making to its end to the products' share of stats, unless that is NULL.
 class Stopwatch {
  public:
@@ -228,9 +237,13 @@ class Stopwatch {
 };
 
 void count_rows(as_stats* stats, int64_t gate, int64_t up, int64_t down, int64_t bytes);
+void count_packed(as_stats* stats, int64_t planes, int64_t weights, int64_t bytes);
 
 bool valid_ffn(const as_ffn& f);
 // x [batch, x_stride] and y [batch, y_stride] in float32.
 void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats);
+
+// The block whose gate (if any), up and down are all packed.
+void packed_ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats);
 
 }  // namespace actsparse

@@ -8,6 +8,7 @@ namespace actsparse {
 
 bool valid_matrix(const as_matrix& w) {
   if (!w.data || w.out <= 0 || w.in <= 0 || w.out > INT32_MAX || w.in > INT32_MAX) return false;
+  if (w.dtype == AS_PACKED) return valid_packed(w);
   if (w.dtype < AS_F32 || w.dtype > AS_F16 || (w.layout != AS_ROWS && w.layout != AS_COLUMNS)) return false;
   return stored_count(w) == 1 || w.stride >= stored_length(w);
 }
@@ -36,6 +37,13 @@ void count_rows(as_stats* stats, int64_t gate, int64_t up, int64_t down, int64_t
   if (up) __atomic_fetch_add(&stats->up_rows, up, __ATOMIC_RELAXED);
   if (down) __atomic_fetch_add(&stats->down_rows, down, __ATOMIC_RELAXED);
   if (bytes) __atomic_fetch_add(&stats->bytes, bytes, __ATOMIC_RELAXED);
+}
+
+void count_packed(as_stats* stats, int64_t planes, int64_t weights, int64_t bytes) {
+  if (!stats) return;
+  __atomic_fetch_add(&stats->packed_planes, planes, __ATOMIC_RELAXED);
+  __atomic_fetch_add(&stats->packed_weights, weights, __ATOMIC_RELAXED);
+  __atomic_fetch_add(&stats->bytes, bytes, __ATOMIC_RELAXED);
 }
 
 Product prepare(const as_matrix& w, const float* threshold, const Activations& x, int64_t batch, float* out,
@@ -155,6 +163,16 @@ void columns_of(const Product& p, Slice s, int64_t segment, int64_t batch) {
 }  // namespace
 
 void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
+  Product* packed[3];
+  int64_t packed_count = 0;
+  for (int64_t k = 0; k < count; ++k)
+    if (is_packed(*products[k].w)) packed[packed_count++] = products + k;
+  if (packed_count) {
+    run_packed(packed, packed_count, batch, stats);
+    for (int64_t k = 0; k < count; ++k)  // those beside packed ones are rare enough for a region each
+      if (packed_count < count && !is_packed(*products[k].w)) run(products + k, 1, batch, stats);
+    return;
+  }
   const Stopwatch watch(stats);
   int64_t most = 0;
   for (int64_t k = 0; k < count; ++k) most += products[k].bytes();
@@ -233,7 +251,7 @@ bool valid_list(const int32_t* list, int64_t count, int64_t limit) {
 
 int32_t as_linear(const as_matrix* w, const float* threshold, const void* x, void* y, int64_t batch, int32_t io_dtype,
                   as_stats* stats) {
-  if (!w || !valid_matrix(*w) || !valid_call(x, y, batch, io_dtype)) return AS_EINVAL;
+  if (!w || !valid_matrix(*w) || !valid_call(x, y, batch, io_dtype) || (threshold && is_packed(*w))) return AS_EINVAL;
   try {
     arena().reset();
     const int64_t y_stride = padded(w->out);

@@ -10,6 +10,7 @@
 #include <new>
 #include <string>
 
+#include "graded.h"
 #include "internal.h"
 
 namespace actsparse {
@@ -65,6 +66,15 @@ const IsaOps& ops() {
     selected.store(isa, std::memory_order_relaxed);
   }
   return *isa;
+}
+
+const GradedOps& graded_ops() {
+  const IsaOps* const isa = &ops();
+#if defined(__x86_64__)
+  if (isa == isa_avx512 && graded_avx512 && __builtin_cpu_supports("avx512vnni")) return *graded_avx512;
+  if ((isa == isa_avx512 || isa == isa_avx2) && graded_avx2) return *graded_avx2;
+#endif
+  return isa == isa_neon && graded_neon ? *graded_neon : *graded_scalar;
 }
 
 int64_t thread_count() {

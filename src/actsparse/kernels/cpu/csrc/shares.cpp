@@ -12,6 +12,13 @@ void pause() {
 #endif
 }
 
+void rest(int64_t spins) {
+  if (spins < 500)
+    pause();
+  else
+    sched_yield();
+}
+
 constexpr int64_t line = 16;  // floats; parts begin at whole lines
 constexpr int64_t slack = 16;  // what `keep` may write past its results
 
@@ -38,11 +45,11 @@ void Claims::finish(int64_t piece) const { __atomic_store_n(&state_[piece].value
 
 void Claims::wait() const {
   for (int64_t i = 0; i < count_; ++i)
-    for (int64_t spins = 0; __atomic_load_n(&state_[i].value, __ATOMIC_ACQUIRE) != finished; ++spins)
-      if (spins < 500)
-        pause();
-      else
-        sched_yield();
+    for (int64_t spins = 0; __atomic_load_n(&state_[i].value, __ATOMIC_ACQUIRE) != finished; ++spins) rest(spins);
+}
+
+void wait_until(const int64_t* counter, int64_t target) {
+  for (int64_t spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < target; ++spins) rest(spins);
 }
 
 Segments::Segments(int64_t tasks, bool finely)

@@ -1,0 +1,164 @@
+// A block's products, over 128-bit lanes that each hold one group. `Lanes` gives:
+//   count (128-bit lanes of a register), fields_at_once (of the four positions k that are accumulated together), I, zero(),
+//   load(p), load_part(p, lanes), zip_low8/zip_high8/zip_low16/zip_high16(a, b), mask(byte), both(a, b), right2(v) in each byte's
+//   word, dot(sum, codes, coefficients), spread(const int32_t*, lanes), left2(v), right<n>(v), sub, add, load_sums, store_sums;
+//   whole_bytes: dot takes codes up to 255, not 63 only.
+//
+// Bytes of four columns are interleaved, so that one dot product adds up all four. A byte holds one plane's bits of the outputs
+// 16 f + j, f = 0..3; instead of shifting the fields apart, nested masks give sums of which the fields' are the differences.
+
+using I = Lanes::I;
+
+// Requests are spread evenly, one for a line multiplied, this many tiles ahead in the same columns and then in the next block.
+// Far fewer lines do not cover the memory's latency, bursts are dropped by the core.
+inline int64_t tiles_ahead(const Block& b) { return b.kept[0] + b.kept[1] + b.kept[2] + b.kept[3] < 96 ? 3 : 2; }
+
+inline void request(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+
+struct Ahead {
+  const uint8_t* const* column;
+  int64_t offset;
+  int32_t count;
+};
+
+alignas(64) const uint8_t nothing[64] = {};
+
+template <bool Whole, bool Requests, bool High>
+inline __attribute__((always_inline)) void add_tile(const Block& b, int64_t t, const uint8_t* const* column, const int32_t* kept,
+                                                    const int32_t* coefficients, int64_t stride, const Ahead* ahead,
+                                                    const Block* next, int32_t* sums) {
+  constexpr int L = Lanes::count, K = Lanes::fields_at_once;
+  const int64_t left = b.groups - t * tile_groups;
+  for (int part = 0; part < int(tile_groups) / L; ++part) {
+    const int here = Whole ? L : left - part * L < L ? int(left - part * L) : L;
+    if (!Whole && here <= 0) return;
+    for (int from = 0; from < 4; from += K) {
+      const bool first = Requests && part == 0 && from == 0;
+      const I low6 = Lanes::mask(0x3f), low4 = Lanes::mask(0x0f), low2 = Lanes::mask(0x03);
+      I sum[4][K];
+      for (int f = 0; f < 4; ++f)
+        for (int k = 0; k < K; ++k) sum[f][k] = Lanes::zero();
+      for (int p = 0; p < b.w->planes; ++p) {
+        if (p)
+          for (int f = 0; f < 4; ++f)
+            for (int k = 0; k < K; ++k) sum[f][k] = Lanes::left2(sum[f][k]);
+        const int64_t at = p * b.w->plane_stride + t * plane_line + part * L * 16;
+        const auto step = [&](const uint8_t* const* from4, int64_t at, int q) __attribute__((always_inline)) {
+          I v[4];
+          for (int e = 0; e < 4; ++e) v[e] = Whole ? Lanes::load(from4[e] + at) : Lanes::load_part(from4[e] + at, here);
+          const I c = Lanes::spread(coefficients + q / 4 * stride + t * tile_groups + part * L, Whole ? L : here);
+          I word[4];
+          if (K == 4 || from == 0) {
+            const I ab = Lanes::zip_low8(v[0], v[1]), cd = Lanes::zip_low8(v[2], v[3]);
+            word[0] = Lanes::zip_low16(ab, cd);
+            word[1] = Lanes::zip_high16(ab, cd);
+          }
+          if (K == 4 || from == 2) {
+            const I ab = Lanes::zip_high8(v[0], v[1]), cd = Lanes::zip_high8(v[2], v[3]);
+            word[2] = Lanes::zip_low16(ab, cd);
+            word[3] = Lanes::zip_high16(ab, cd);
+          }
+          for (int k = 0; k < K; ++k) {
+            if (first) {
+              // Between the products, one each, not together.
+              if (q + k < ahead[p].count) request(ahead[p].column[q + k] + ahead[p].offset);
+              if (p == 0 && t == 0 && next && q + k < next->kept[0]) request(next->mantissa[q + k]);
+            }
+            const I w = word[from + k];
+            sum[3][k] = Lanes::dot(sum[3][k], Lanes::whole_bytes ? w : Lanes::both(Lanes::right2(w), low6), c);
+            sum[2][k] = Lanes::dot(sum[2][k], Lanes::both(w, low6), c);
+            sum[1][k] = Lanes::dot(sum[1][k], Lanes::both(w, low4), c);
+            sum[0][k] = Lanes::dot(sum[0][k], Lanes::both(w, low2), c);
+          }
+          if (first && K < 4)
+            for (int k = K; k < 4; ++k) {
+              if (q + k < ahead[p].count) request(ahead[p].column[q + k] + ahead[p].offset);
+              if (p == 0 && t == 0 && next && q + k < next->kept[0]) request(next->mantissa[q + k]);
+            }
+        };
+        const int count = kept[p], whole = count / 4 * 4;
+        int q = 0;
+        for (; q < whole; q += 4) step(column + q, at, q);
+        if (q < count) {
+          // Columns beyond the prefix have coefficients, but this plane of them is not read.
+          const uint8_t* tail[4];
+          for (int e = 0; e < 4; ++e) tail[e] = q + e < count ? column[q + e] + at : nothing;
+          step(tail, 0, q);
+          q += 4;
+        }
+        if (first)
+          for (; q < ahead[p].count; ++q) request(ahead[p].column[q] + ahead[p].offset);
+      }
+      for (int k = 0; k < K; ++k) {
+        const I s0 = sum[0][k], s1 = sum[1][k], s2 = sum[2][k], s3 = sum[3][k];
+        I field[4] = {s0, Lanes::template right<2>(Lanes::sub(s1, s0)), Lanes::template right<4>(Lanes::sub(s2, s1)),
+                      Lanes::whole_bytes
+                          ? Lanes::template right<6>(Lanes::sub(s3, s2))
+                          : Lanes::template right<4>(Lanes::sub(s3, Lanes::template right<2>(Lanes::sub(s2, s0))))};
+        for (int f = 0; f < 4; ++f) {
+          int32_t* const to = sums + t * tile_outputs + (4 * f + from + k) * 16 + part * L * 4;
+          if (High) field[f] = Lanes::template left<7>(field[f]);
+          Lanes::store_sums(to, Lanes::add(Lanes::load_sums(to), field[f]));
+        }
+      }
+    }
+  }
+}
+
+template <bool Requests, bool High>
+inline void add_tiles(const Block& b, const uint8_t* const* column, const int32_t* kept, const int32_t* coefficients,
+                      int64_t stride, const Block* next, int32_t* sums) {
+  const int64_t full = b.groups / tile_groups, wanted = tiles_ahead(b), far = wanted < b.tiles ? wanted : b.tiles;
+  Ahead ahead[max_planes];
+  for (int64_t t = 0; t < b.tiles; ++t) {
+    if (Requests)
+      for (int p = 0; p < b.w->planes; ++p) {
+        const bool same = t + far < b.tiles, other = !same && next && t + far - b.tiles < next->tiles;
+        ahead[p].column = same ? column : other ? next->plane : column;
+        ahead[p].count = same ? kept[p] : other && p < next->w->planes ? next->kept[p] : 0;
+        ahead[p].offset = same ? p * b.w->plane_stride + (t + far) * plane_line
+                          : other ? p * next->w->plane_stride + (t + far - b.tiles) * plane_line
+                                  : 0;
+      }
+    if (t < full)
+      add_tile<true, Requests, High>(b, t, column, kept, coefficients, stride, ahead, next, sums);
+    else
+      add_tile<false, Requests, High>(b, t, column, kept, coefficients, stride, ahead, next, sums);
+  }
+}
+
+void add(const Block& b, const Block* next, int32_t* room, int32_t* sums, int32_t* centres) {
+  const int64_t stride = (b.groups + 15) / 16 * 16;
+  const int32_t everything[4] = {-1, -1, -1, -1};
+  int high[block_columns], high_count = 0;
+  for (int q = 0; q < b.kept[0]; q += 4) {
+    const bool any = is_high(b.multiplier[q]) | is_high(b.multiplier[q + 1]) | is_high(b.multiplier[q + 2]) |
+                     is_high(b.multiplier[q + 3]);
+    int32_t* const out = room + q / 4 * stride;
+    if (!any) {
+      coefficients_of(b.mantissa + q, b.multiplier + q, everything, 0, b.centre + q, b.groups, out, centres);
+      continue;
+    }
+    int32_t keep[4];
+    for (int e = 0; e < 4; ++e) {
+      keep[e] = is_high(b.multiplier[q + e]) ? 127 : -1;
+      if (keep[e] == 127) high[high_count++] = q + e;
+    }
+    coefficients_of(b.mantissa + q, b.multiplier + q, keep, 0, b.centre + q, b.groups, out, centres);
+  }
+  add_tiles<true, false>(b, b.plane, b.kept, room, stride, next, sums);
+  if (!high_count) return;
+  const uint8_t *column[block_columns + 4], *mantissa[block_columns + 4];
+  int32_t multiplier[block_columns + 4], kept[max_planes] = {};
+  for (int h = 0; h < high_count + 4; ++h) {
+    const int from = h < high_count ? high[h] : high[0];
+    column[h] = b.plane[from];
+    mantissa[h] = b.mantissa[from];
+    multiplier[h] = h < high_count ? b.multiplier[from] : 0;
+    for (int p = 0; p < b.w->planes; ++p) kept[p] += h < high_count && from < b.kept[p];
+  }
+  int32_t* const upper = room + coefficient_room;
+  for (int h = 0; h < high_count; h += 4)
+    coefficients_of(mantissa + h, multiplier + h, everything, 7, everything, b.groups, upper + h / 4 * stride, nullptr);
+  add_tiles<false, true>(b, column, kept, upper, stride, nullptr, sums);
+}
