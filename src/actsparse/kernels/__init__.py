@@ -229,9 +229,10 @@ def _graded_rows(
     rows = x.reshape(-1, packed.inputs)
     deviation = rows if center is None else (rows.float() - center).to(x.dtype)
     read = None if thresholds is None else planes.levels_read(rows, thresholds, center)
-    y = torch.zeros(len(rows), packed.out, dtype=x.dtype)
+    # Blocks are added up in float32: each would round the sum to x's type once more.
+    y = torch.zeros(len(rows), packed.out, dtype=torch.float32)
     if start is not None:
-        y += start.to(x.dtype)
+        y += start.float()
     step = max(64, _UNPACKED_BYTES // (packed.out * x.element_size()))
     for begin in range(0, packed.inputs, step):
         end = min(begin + step, packed.inputs)
@@ -242,13 +243,11 @@ def _graded_rows(
                 if not bool(here.any()):
                     continue
                 part = torch.where(here, part, torch.zeros((), dtype=x.dtype))
-            y.addmm_(part, cpu.unpack_columns(matrix, begin, end, planes_read, x.dtype))
-    return y.reshape(*x.shape[:-1], packed.out)
+            y += part @ cpu.unpack_columns(matrix, begin, end, planes_read, x.dtype)
+    return y.to(x.dtype).reshape(*x.shape[:-1], packed.out)
 
 
-def unpack_columns(
-    packed: planes.Packed, begin: int, end: int, dtype: torch.dtype, level: int | None = None
-) -> Tensor:
+def unpack_columns(packed: planes.Packed, begin: int, end: int, dtype: torch.dtype, level: int | None = None) -> Tensor:
     """W[:, begin:end] of a packed matrix read to ``level`` bits (None: all of them), transposed: [end - begin, O].
 
     Raises ValueError for columns or a level that the matrix does not have.

@@ -19,12 +19,15 @@ from transformers import DynamicCache
 from actsparse import kernels
 from actsparse.models import sites
 from actsparse.models.sites import LayerSites, ModelError
+from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import SparseFFN, SparseLinear
+from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.prompts import read
 from actsparse.runtime.sessions import Session
 from actsparse.runtime.swap import prompts_of, state_of
 
 # Their frequencies change with the length of the text, so that no table made beforehand can hold them.
+_PACKED = (GradedLinear, PackedLinear)
 _CHANGING_ROPES = ("dynamic", "longrope")
 
 
@@ -70,7 +73,7 @@ class Decoder:
         decoder = model.get_decoder()
         attention: Any = layers[0].attention
         cosine, sine = rope_tables(decoder.rotary_emb, cache_length)
-        self._vocabulary = head.weight.shape[0]
+        self._vocabulary = head.out_features
         kernels.use_huge_pages(*model.parameters())
         self.native = kernels.decoder_of(
             [_layer(layer, model, self._keys[i], self._values[i]) for i, layer in enumerate(layers)],
@@ -231,7 +234,7 @@ def _misread_heads(model: Any) -> str | None:
     heads, kv_heads, head_dim = _heads(model.config)
     for layer in sites.layers_of(model):
         for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            rows = layer.weight(name).shape[0]
+            rows = layer.product(name).out_features
             if rows != count * head_dim:
                 return f"layer {layer.index} {name} has {rows} rows, expected {count} heads of {head_dim}"
     return None
@@ -247,10 +250,11 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
     ffn = layer.ffn
     if isinstance(ffn, SparseFFN):
         rules = ffn.rules()
+        block = [layer.weight(name).detach() for name in sites.FFN_PROJECTIONS]
     else:
-        biases = {f"{name}_bias": layer.linear(name).bias for name in sites.FFN_PROJECTIONS}
-        rules = kernels.Rules(sites.activation_of(model), family.up_activation, **biases)
-    gate, up, down = (layer.module.get_parameter(f"{paths[name]}.weight").detach() for name in sites.FFN_PROJECTIONS)
+        rules = kernels.Rules(sites.activation_of(model), family.up_activation)
+        block = [_matrix(layer.product(name)) for name in sites.FFN_PROJECTIONS]
+    gate, up, down = block
     return kernels.layer_of(
         input_norm=_norm(layer.module.get_submodule(family.input_norm)),
         post_norm=_norm(layer.module.get_submodule(family.post_norm)),
@@ -268,6 +272,8 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
 
 
 def _matrix(linear: Any) -> kernels.Matrix:
+    if isinstance(linear, _PACKED):
+        return linear.matrix()
     # Detached, because re-laying a weight gives the parameter new storage: an alias keeps the one pointed at alive.
     return kernels.matrix_of(linear.weight.detach(), linear.bias)
 
@@ -310,9 +316,13 @@ def _foreign_module(model: Any) -> str | None:
         sparse_ffn = isinstance(layer.ffn, SparseFFN)
         for name, path in layer.family.projections:
             module = layer.module.get_submodule(path)
-            if type(module) is not nn.Linear and not isinstance(module, SparseLinear):
+            if type(module) is not nn.Linear and not isinstance(module, SparseLinear | _PACKED):
                 return f"layer {layer.index} {name} is a {type(module).__name__}, expected nn.Linear"
             if isinstance(module, SparseLinear) and name in sites.FFN_PROJECTIONS and not sparse_ffn:
                 return f"layer {layer.index} {name} is sparsified outside its feed-forward block"
     head = model.get_output_embeddings()
-    return None if type(head) is nn.Linear else f"the output head is a {type(head).__name__}, expected nn.Linear"
+    return (
+        None
+        if type(head) is nn.Linear or isinstance(head, _PACKED)
+        else f"the output head is a {type(head).__name__}, expected nn.Linear"
+    )

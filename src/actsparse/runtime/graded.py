@@ -6,7 +6,6 @@ Shape letters: B batch, T tokens, I input features, O output features, L levels.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from actsparse import kernels
 from actsparse.kernels.planes import Packed
@@ -48,9 +47,12 @@ class GradedLinear(SparseModule):
         self.bias = bias
         self.in_features, self.out_features = packed.inputs, packed.out
 
+    def matrix(self) -> kernels.Matrix:
+        """What the native decode step is told of it."""
+        return kernels.packed_of(self.packed, self.level_threshold, self.center, self.start)
+
     def dense(self, x: torch.Tensor) -> torch.Tensor:
-        weight = kernels.planes.unpack(self.packed, None, x.dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return kernels.graded_linear(x, self.packed, start=self.bias)
 
     def sparse(self, x: torch.Tensor) -> torch.Tensor:
         if self.meter is not None:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn import functional as F
 
 from actsparse import kernels
 from actsparse.kernels.planes import GROUP, Packed, groups_of
@@ -48,9 +47,12 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.in_features, self.out_features = packed.inputs, packed.out
 
+    def matrix(self) -> kernels.Matrix:
+        """What the native decode step is told of it."""
+        return kernels.packed_of(self.packed, start=self.bias)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = kernels.planes.unpack(self.packed, None, x.dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return kernels.graded_linear(x, self.packed, start=self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.stored} bits stored"

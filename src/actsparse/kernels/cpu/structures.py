@@ -199,9 +199,9 @@ def matrix_of(weight: Tensor | None, bias: Tensor | None = None, name: str = "we
     return matrix
 
 
-def ffn_of(gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> FFN:
+def ffn_of(gate: Tensor | Matrix | None, up: Tensor | Matrix, down: Tensor | Matrix, rules: Rules) -> FFN:
     """The structure for one block of [N, H], [N, H] and [H, N] under ``rules``; ValueError when they do not fit."""
-    size, hidden = up.shape
+    size, hidden = (up.out, up.in_) if isinstance(up, Matrix) else up.shape
     vectors = (
         vector_of(rules.gate_in_threshold, hidden, "gate_in_threshold"),
         vector_of(rules.up_in_threshold, hidden, "up_in_threshold"),
@@ -216,8 +216,13 @@ def ffn_of(gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> FFN:
         neurons = neurons.contiguous()
     a = matrix_of(rules.predictor_a, None, "predictor_a")
     b = matrix_of(rules.predictor_b, rules.predictor_bias, "predictor_b")
-    g, u = matrix_of(gate, rules.gate_bias, "gate"), matrix_of(up, rules.up_bias, "up")
-    d = matrix_of(down, rules.down_bias, "down")
+    # A structure made beforehand (of packed weights) brings its own bias.
+    g, u, d = (
+        weight if isinstance(weight, Matrix) else matrix_of(weight, bias, name)
+        for weight, bias, name in (
+            (gate, rules.gate_bias, "gate"), (up, rules.up_bias, "up"), (down, rules.down_bias, "down"),
+        )
+    )  # fmt: skip
     ffn = FFN(
         g, u, d,
         activation_code(rules.activation), activation_code(rules.up_activation),
