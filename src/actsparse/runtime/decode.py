@@ -250,7 +250,7 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
     ffn = layer.ffn
     if isinstance(ffn, SparseFFN):
         rules = ffn.rules()
-        block = [layer.weight(name).detach() for name in sites.FFN_PROJECTIONS]
+        block: list[Any] = [layer.weight(name).detach() for name in sites.FFN_PROJECTIONS]
     else:
         rules = kernels.Rules(sites.activation_of(model), family.up_activation)
         block = [_matrix(layer.product(name)) for name in sites.FFN_PROJECTIONS]
@@ -316,7 +316,7 @@ def _foreign_module(model: Any) -> str | None:
         sparse_ffn = isinstance(layer.ffn, SparseFFN)
         for name, path in layer.family.projections:
             module = layer.module.get_submodule(path)
-            if type(module) is not nn.Linear and not isinstance(module, SparseLinear | _PACKED):
+            if type(module) is not nn.Linear and not isinstance(module, (SparseLinear, *_PACKED)):
                 return f"layer {layer.index} {name} is a {type(module).__name__}, expected nn.Linear"
             if isinstance(module, SparseLinear) and name in sites.FFN_PROJECTIONS and not sparse_ffn:
                 return f"layer {layer.index} {name} is sparsified outside its feed-forward block"
