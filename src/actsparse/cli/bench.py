@@ -14,6 +14,7 @@ from actsparse.cli.terminal import (
     print_table,
     progress_bar,
     set_threads,
+    sparsities,
     sparsity_list,
 )
 
@@ -41,7 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", default="chess", help=f"without a plan: one of {', '.join(METHODS)} (default: chess)"
     )
-    parser.add_argument("--sparsity", type=sparsity_list, default=[0.5], help="without a plan: such as 0.3,0.5")
+    parser.add_argument(
+        "--sparsity", type=sparsity_list, help="without a plan: such as 0.3,0.5 (default: the method's)"
+    )
+    parser.add_argument(
+        "--bits-read",
+        type=sparsity_list,
+        metavar="B",
+        help="graded: bits read per weight, such as 3.0,4.0 (default: 3.0)",
+    )
+    parser.add_argument("--bits-stored", type=int, choices=[4, 6, 8], help="graded: bits stored (default: 6)")
     parser.add_argument(
         "--attention",
         action=argparse.BooleanOptionalAction,
@@ -74,7 +84,11 @@ def run(options: argparse.Namespace) -> None:
 
     if options.shape and options.plan:
         raise PlanError(f"plan {options.plan[0]} cannot fit the random weights of --shape: expected --method instead")
-    method = make(options.method, **({} if options.attention is None else {"attention": options.attention}))
+    given = {
+        name: getattr(options, name) for name in ("attention", "bits_stored") if getattr(options, name) is not None
+    }
+    method = make(options.method, **given)
+    targets = sparsities(options, method.sparsity)
     set_threads(options)
     plans = [Plan.load(path) for path in options.plan or []]
     if options.shape:
@@ -85,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
         what = options.model
         model = open_model(options.model, options.dtype)
     if not plans:
-        plans = _calibrate(options, model, method)
+        plans = _calibrate(options, model, method, targets)
     settings = Settings(options.prompt_tokens, options.new_tokens, options.repeats, options.llama_cpp)
     report = measure(model, plans, settings, say=lambda line: print(line, file=sys.stderr, flush=True))
     document = {"model": what, "machine": machine(), **report.document()}
@@ -110,13 +124,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _calibrate(options: argparse.Namespace, model: Any, method: Any) -> list[Plan]:
+def _calibrate(options: argparse.Namespace, model: Any, method: Any, targets: list[float]) -> list[Plan]:
     from actsparse.measure.bench.run import calibrate_on_random_tokens
 
     with progress_bar("calibrating on random tokens") as progress:
-        return calibrate_on_random_tokens(
-            model, method, options.sparsity, tokens=options.calibration_tokens, progress=progress
-        )
+        return calibrate_on_random_tokens(model, method, targets, tokens=options.calibration_tokens, progress=progress)
+
+
+def _target(result: dict[str, Any]) -> str:
+    if result["bits_read"] is not None:
+        return f"{result['bits_read']:.2f} bits"
+    return "" if result["sparsity"] is None else f"{result['sparsity']:g} / {result['ffn_sparsity']:.3f}"
 
 
 def _show(what: str, report: Report, document: dict[str, Any]) -> None:
@@ -131,12 +149,12 @@ def _show(what: str, report: Report, document: dict[str, Any]) -> None:
     rows = []
     for result in document["results"]:
         low, high = result["decode_spread"]
-        target, achieved, overhead = result["sparsity"], result["ffn_sparsity"], result["overhead_share"]
+        overhead = result["overhead_share"]
         rows.append(
             [
                 result["name"],
                 result["weights"],
-                "" if target is None else f"{target:g} / {achieved:.3f}",
+                _target(result),
                 f"{result['weights_read_bytes'] / 1e6:,.0f}",
                 f"{result['ceiling_tok_s']:.2f}",
                 f"{result['decode_tok_s']:.2f} ({low:.2f}-{high:.2f})",
@@ -146,7 +164,16 @@ def _show(what: str, report: Report, document: dict[str, Any]) -> None:
                 f"{result['prefill_tok_s']:.1f}",
             ]
         )
-    header = ["path", "weights", "sparsity / FFN", "MB/token", "ceiling", "decode tokens/s", "x hf-eager", "GB/s"]
+    header = [
+        "path",
+        "weights",
+        "sparsity / FFN, bits read",
+        "MB/token",
+        "ceiling",
+        "decode tokens/s",
+        "x hf-eager",
+        "GB/s",
+    ]
     print_table("medians over the rounds (least-greatest)", [*header, "overhead", "prefill"], rows)
     for row in report.rows:
         if row.ffn_sparsity is not None and row.sparsity is not None and abs(row.ffn_sparsity - row.sparsity) > 0.05:

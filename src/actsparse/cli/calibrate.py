@@ -10,6 +10,7 @@ from actsparse.cli.terminal import (
     positive,
     progress_bar,
     set_threads,
+    sparsities,
     sparsity_list,
 )
 
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sparsity",
         type=sparsity_list,
         help="fraction skipped, 0 <= s < 1; a list 0.3,0.5 costs one run (default: 0.5, svdp 0.4)",
+    )
+    parser.add_argument(
+        "--bits-read", type=sparsity_list, metavar="B", help="graded: bits read per weight, such as 3.0 (default: 3.0)"
     )
     for name, takers in _options().items():
         arguments = {"default": None, **METHODS[takers[0]].options[name]}
@@ -76,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in _options() if getattr(options, name) is not None}
     # Everything that can be refused is refused before the model is read.
     method = make(options.method, **settings)
-    targets = [method.sparsity] if options.sparsity is None else options.sparsity
+    targets = sparsities(options, method.sparsity)
     engine.check_sparsity(targets)
     engine.check_scope(method, options.scope)
     if options.text is None and method.phases:

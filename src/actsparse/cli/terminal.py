@@ -68,6 +68,23 @@ def sparsity_list(value: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{value!r} is not a list of numbers such as 0.3,0.5") from None
 
 
+def sparsities(options: argparse.Namespace, default: float) -> list[float]:
+    """The targets of ``--sparsity``, for method graded those of ``--bits-read``, or the method's ``default``."""
+    from actsparse.methods.base import MethodError
+    from actsparse.methods.graded import DENSE_BITS
+
+    if options.bits_read is None:
+        return [default] if options.sparsity is None else list(options.sparsity)
+    if options.method != "graded":
+        raise MethodError(f"method {options.method} does not take --bits-read: expected graded")
+    if options.sparsity is not None:
+        raise MethodError("--bits-read and --sparsity were given, expected one of them")
+    for read in options.bits_read:
+        if not 0 < read <= DENSE_BITS:
+            raise MethodError(f"bits read is {read:g}, expected more than 0 and at most what is stored")
+    return [1 - read / DENSE_BITS for read in options.bits_read]
+
+
 def fraction(value: str) -> float:
     """An argument type: a fraction, as 0.6 or 60%."""
     try:

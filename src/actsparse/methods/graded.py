@@ -163,6 +163,7 @@ class Graded(Method):
     phases = ()
     sites = ()
     activity = True
+    sparsity = 1 - 3.0 / DENSE_BITS
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "bits_stored": {"type": int, "choices": STORED, "help": "bits stored of each weight: 4, 6 or 8 (default: 6)"},
     }

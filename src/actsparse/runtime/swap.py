@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from actsparse import kernels
+from actsparse.kernels.planes import Packed
 from actsparse.methods import prompt_rule
 from actsparse.methods.rounding import round_nearest
 from actsparse.models import opening, sites
@@ -34,6 +35,7 @@ from actsparse.runtime.prompt_ffn import PromptFFN
 from actsparse.runtime.prompts import Prompts
 
 _ATTRIBUTE = "actsparse_state"
+_ROUNDED = "actsparse_rounded"
 
 
 @dataclass
@@ -224,7 +226,7 @@ def _graded(linear: Any, site: str, plan: Plan) -> GradedLinear:
         if len(threshold) != len(packed.planes):
             raise PlanError(f"{site} stores {packed.stored} bits, the plan's thresholds are for {2 * len(threshold)}")
     elif type(linear) is nn.Linear:
-        packed = round_nearest(linear.weight.detach(), 2 * len(threshold))
+        packed = _rounded(linear, 2 * len(threshold))
     else:
         raise ModelError(f"{site} is a {type(linear).__name__}, expected nn.Linear")
     return GradedLinear(packed, linear.bias, site, threshold, center, plan.scope)
@@ -232,6 +234,17 @@ def _graded(linear: Any, site: str, plan: Plan) -> GradedLinear:
 
 def _note_tokens(plain: SparsePlainFFN, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     plain.note_tokens(sites.hidden_of(args, kwargs).shape[-2])
+
+
+def _rounded(linear: nn.Linear, stored: int) -> Packed:
+    """The layer's weight as codes, made once: plans of several budgets share them."""
+    key = (stored, linear.weight.data_ptr(), linear.weight._version)
+    known = linear.__dict__.get(_ROUNDED)
+    if known is None or known[0] != key:
+        known = key, round_nearest(linear.weight.detach(), stored)
+        linear.__dict__[_ROUNDED] = known
+    packed: Packed = known[1]
+    return packed
 
 
 def _choose_by_prompt(

@@ -54,7 +54,7 @@ class Row:
     """One contender.
 
     Attributes:
-        name: ``hf-eager``, ``dense``, the method's name, or ``llama.cpp-`` and a format.
+        name: ``hf-eager``, ``dense``, the method's name (``graded-`` and the bits read), or ``llama.cpp-`` and a format.
         path: ``transformers``, ``native`` (the decode step) or ``llama.cpp``.
         weights: type of the weights.
         sparsity: target of the plan, None for a dense contender.
@@ -63,6 +63,7 @@ class Row:
         weights_read_bytes: per decoded token; counted by the kernels on native paths, else the size of the matrices.
         ffn_sparsity: fraction of neurons that the native path skipped.
         overhead: fraction of a token, per round, that is not spent in its matrix products.
+        bits_read: per weight of the decoder layers' matrices, scales included, on the calibration prompt; of graded plans.
         error: worst relative error of a site against the model's own modules, where that was checked.
     """
 
@@ -75,6 +76,7 @@ class Row:
     weights_read_bytes: float = 0.0
     ffn_sparsity: float | None = None
     overhead: list[float] = field(default_factory=list)
+    bits_read: float | None = None
     error: float | None = None
 
     def document(self, read_gb_s: float) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class Row:
             "share_of_ceiling": decode / ceiling,
             "ffn_sparsity": self.ffn_sparsity,
             "overhead_share": statistics.median(self.overhead) if self.overhead else None,
+            "bits_read": self.bits_read,
             "site_error": self.error,
         }
 
@@ -198,7 +201,8 @@ class _Native:
         neurons = sum(block.down.in_ for block in blocks)
         # A dense block's down is stored by rows, each of which reads every neuron.
         by_rows = sum(block.down.in_ - block.down.out for block in blocks if block.down.layout == kernels.cpu.ROWS)
-        row.ffn_sparsity = 1 - (done["down_rows"] + by_rows) / neurons
+        if not row.name.startswith("graded"):
+            row.ffn_sparsity = 1 - (done["down_rows"] + by_rows) / neurons
         row.overhead.append(1 - done["product_ns"] / (seconds * 1e9))
 
     def check(self, model: Any) -> float:
@@ -288,6 +292,14 @@ def _refuse(row: Row, error: float, allowed: float, what: str) -> None:
         )
 
 
+def _name(plan: Plan) -> str:
+    return f"{plan.method}-{plan.settings['bits_read']:.1f}" if plan.method == "graded" else plan.method
+
+
+def _weights(plan: Plan, dense: str) -> str:
+    return f"{plan.settings['bits_stored']} bits" if plan.method == "graded" else dense
+
+
 class _Run:
     def __init__(
         self, model: Any, plans: Sequence[Plan], settings: Settings, directory: Path, say: Callable[[str], None]
@@ -310,7 +322,7 @@ class _Run:
         weights = str(self._model.dtype).removeprefix("torch.")
         eager = Row("hf-eager", "transformers", weights, weights_read_bytes=weights_read(self._model).bytes)
         dense = [Row("dense", path, weights)] if obstacle is None else []
-        sparse = [Row(plan.method, path, weights, plan.sparsity) for plan in self._plans]
+        sparse = [Row(_name(plan), path, _weights(plan, weights), plan.sparsity) for plan in self._plans]
         peers = {name: Row(f"llama.cpp-{name.lower()}", "llama.cpp", name) for name in files}
         for round_number in range(self._settings.repeats):
             self._say(f"round {round_number + 1} of {self._settings.repeats}")
@@ -371,7 +383,12 @@ class _Run:
         native = _Native(self._model, self._prompt, self._settings)
         if row.error is None:
             sparse = row.sparsity is not None
+            meter = Meter()
+            attach_meter(self._model, meter)
             row.error = native.check(self._model)
+            attach_meter(self._model, None)
+            if row.name.startswith("graded"):
+                row.bits_read = weights_read(self._model, meter).bits_read
             _refuse(row, row.error, tolerance(self._model.dtype, 1, sparse=sparse), "a site's output")
             if not sparse:
                 _refuse(
