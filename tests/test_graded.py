@@ -9,7 +9,7 @@ import torch
 
 from actsparse.kernels import planes
 from actsparse.methods.base import MethodError
-from actsparse.methods.graded import HEAD, choose_theta, reading_of, solution_of, unit_thresholds
+from actsparse.methods.graded import HEAD, center_of, choose_theta, reading_of, solution_of, unit_thresholds
 from actsparse.methods.rounding import residuals, round_nearest
 
 
@@ -46,7 +46,7 @@ def products() -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, planes
 
 
 def test_theta_meets_the_budget_that_is_then_read(products) -> None:
-    readings = {key: reading_of(*values) for key, values in products.items()}
+    readings = {key: reading_of(*values, values[0].mean(0)) for key, values in products.items()}
     for bits in (1.5, 3.0, 4.5):
         solution = solution_of(readings, bits)
         assert solution.facts["bits_read"] == pytest.approx(bits, abs=1e-6)
@@ -68,15 +68,15 @@ def test_theta_meets_the_budget_that_is_then_read(products) -> None:
 def test_more_sensitive_outputs_get_more_bits(products) -> None:
     x, weight, packed, sensitivity = products[0, "q"]
     readings = {
-        (0, "q"): reading_of(x, weight, packed, sensitivity),
-        (0, "k"): reading_of(x, weight, packed, 100 * sensitivity),
+        (0, "q"): reading_of(x, weight, packed, sensitivity, x.mean(0)),
+        (0, "k"): reading_of(x, weight, packed, 100 * sensitivity, x.mean(0)),
     }
     theta = choose_theta(readings, 3.0)
     assert readings[0, "k"].bits(theta) > readings[0, "q"].bits(theta) + 1
 
 
 def test_budgets_out_of_reach_are_refused(products) -> None:
-    readings = {key: reading_of(*values) for key, values in products.items()}
+    readings = {key: reading_of(*values, values[0].mean(0)) for key, values in products.items()}
     for bits in (0.0, 9.9, float("nan")):
         with pytest.raises(MethodError, match="bits read is"):
             choose_theta(readings, bits)
@@ -85,3 +85,13 @@ def test_budgets_out_of_reach_are_refused(products) -> None:
 def test_residuals_at_level_zero_are_the_column(products) -> None:
     _, weight, packed, sensitivity = products[0, "q"]
     torch.testing.assert_close(residuals(weight, packed, sensitivity)[0], (weight**2 * sensitivity[:, None]).sum(0))
+
+
+def test_centers_lie_where_values_are_skipped() -> None:
+    """A channel of small values around 0.2 with rare large ones: its mean is no place to deviate from."""
+    generator = torch.Generator().manual_seed(5)
+    x = 0.2 + 0.05 * torch.randn(2000, 64, generator=generator)
+    x[::20] += 10
+    weight = torch.randn(64, 64, generator=generator)
+    center = center_of(x, [(weight, round_nearest(weight, 6), torch.ones(64))], 0.5)
+    torch.testing.assert_close(center, torch.full((64,), 0.2), rtol=0.05, atol=0)

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 
 from actsparse.calibration.activity import HEAD, Activity, Progress, activities
 from actsparse.calibration.collect import load_calibration_windows
-from actsparse.kernels.planes import STORED, Packed
+from actsparse.kernels.planes import STORED
 from actsparse.methods.base import MethodError
 from actsparse.methods.feedback import energy_shares, round_with_feedback
-from actsparse.methods.graded import DENSE_BITS, Reading, choose_theta, reading_of, solution_of
+from actsparse.methods.graded import DENSE_BITS, Reading, alone, by_input, center_of, reading_of, solution_of
 from actsparse.methods.rounding import round_nearest
 from actsparse.models import opening, sites, text
 from actsparse.models.sites import ModelError
@@ -207,15 +207,27 @@ class _Run:
         """Round, write and remember one layer; the head's file also takes what is not packed."""
         tensors: dict[str, torch.Tensor] = {}
         state: dict[str, torch.Tensor] = {}
-        for names, x in _by_input(activity.inputs):
-            center = x.mean(0)
+        stored, bits = self._settings.bits_stored, self._settings.bits_read
+        for names, x in by_input(activity.inputs):
+            weights = [self._weight(activity.layer, name) for name in names]
+            nearest = [round_nearest(weight, stored) for weight in weights]
+            sensitive = [activity.sensitivity[name] for name in names]
+            center = center_of(x, list(zip(weights, nearest, sensitive, strict=True)), bits)
             deviation = x - center
             hessian = deviation.T @ deviation / len(deviation)
-            for name in names:
-                weight = self._weight(activity.layer, name)
-                packed, reading = self._round(weight, deviation, hessian, activity.sensitivity[name], center)
+            for name, weight, rounded, sensitivity in zip(names, weights, nearest, sensitive, strict=True):
+                # How deep columns are read is known only when all layers are: the shares are taken as if this product read on
+                # its own what the whole model reads on average.
+                guess = reading_of(x, weight, rounded, sensitivity, center)
+                shares = energy_shares(deviation, guess.unit.to(weight.device) * alone(guess, bits))
+                packed, stood = round_with_feedback(weight, stored, hessian, shares)
+                reading = reading_of(x, stood, packed, sensitivity, center)
                 path = self._path(activity.layer, name)
                 tensors |= {f"{path}.{part}": tensor for part, tensor in tensors_of(packed).items()}
+                tensors |= {
+                    f"{path}.center": center.clone(),
+                    f"{path}.start": self._start(activity.layer, name, center),
+                }
                 state |= {f"{name}.{part}": tensor for part, tensor in reading.state().items()}
         tensors |= self._unpacked(activity.layer)
         state |= {f"gradient.{number}": gradient for number, gradient in enumerate(activity.gradients)}
@@ -224,32 +236,16 @@ class _Run:
             with atomic_path(path_) as temporary:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in content.items()}, temporary)
 
-    def _round(
-        self,
-        weight: torch.Tensor,
-        deviation: torch.Tensor,
-        hessian: torch.Tensor,
-        sensitivity: torch.Tensor,
-        center: torch.Tensor,
-    ) -> tuple[Packed, Reading]:
-        stored, bits = self._settings.bits_stored, self._settings.bits_read
-        nearest = round_nearest(weight, stored)
-        zero = torch.zeros_like(center)
-        # How deep columns are read is known only when all layers are: the shares are taken as if this product read on its own
-        # what the whole model reads on average.
-        guess = reading_of(deviation, weight, nearest, sensitivity, zero)
-        most = guess.bits(2.0**-60)
-        theta = choose_theta({(0, ""): guess}, min(bits, most))
-        shares = energy_shares(deviation, guess.unit.to(weight.device) * theta)
-        packed, stood = round_with_feedback(weight, stored, hessian, shares)
-        reading = reading_of(deviation, stood, packed, sensitivity, zero)
-        reading.center = center.cpu().clone()  # safetensors takes no tensor twice
-        return packed, reading
-
     def _weight(self, layer: int, name: str) -> torch.Tensor:
         product = self._model.get_output_embeddings() if layer == HEAD else self._layers[layer].linear(name)
         weight: torch.Tensor = product.weight.detach().float()
         return weight
+
+    def _start(self, layer: int, name: str, center: torch.Tensor) -> torch.Tensor:
+        """What the product gives at the inputs' mean."""
+        product = self._model.get_output_embeddings() if layer == HEAD else self._layers[layer].linear(name)
+        start: torch.Tensor = product.weight.detach().float() @ center
+        return start if product.bias is None else start + product.bias.detach().float()
 
     def _path(self, layer: int, name: str) -> str:
         """The name of a product's module in the model."""
@@ -268,7 +264,7 @@ class _Run:
         found = {}
         for name, tensor in self._model.state_dict().items():
             owner = name.rpartition(".")[0]
-            if owner in packed and name.endswith(".weight"):
+            if owner in packed:
                 continue
             here = name.startswith(self._prefix(layer)) if layer != HEAD else name not in inside
             if here:
@@ -312,14 +308,6 @@ class _Run:
             str(self._model.dtype), importlib.metadata.version("actsparse"),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest() + "\n"
-
-
-def _by_input(inputs: dict[str, torch.Tensor]) -> list[tuple[list[str], torch.Tensor]]:
-    """Products grouped by the input they share."""
-    groups: dict[int, tuple[list[str], torch.Tensor]] = {}
-    for name, x in inputs.items():
-        groups.setdefault(id(x), ([], x))[0].append(name)
-    return list(groups.values())
 
 
 def _check_room(target: Path, needed: int) -> None:

@@ -7,7 +7,7 @@ by the product's outputs.  The least price at a given number of bytes is reverse
 to the next while (x_i - c_i)^2 (r before - r after) / (bytes it costs) stays above one number, the same for every site of
 the model.  So each level has a threshold per channel, known up to that number, and calibration only has to find it.
 
-Inputs are taken as deviations from their mean c; W c is a constant vector a product starts from.
+Inputs are taken as deviations from c, their mean where they are skipped; W c is a constant vector a product starts from.
 
 Reverse water-filling: Cover and Thomas, Elements of Information Theory, 10.3.3.  Related: Any-Precision LLM
 (arXiv:2402.10517, nested planes, one level a request), DecDEC (arXiv:2412.20185), GRINQH (arXiv:2606.23419, bits by |x|).
@@ -32,6 +32,8 @@ from actsparse.methods.statistics import Statistic
 # Bits of the weights that others read; the sparsity of a plan is the share of them that it does not.
 DENSE_BITS = 16
 HEAD = -1
+DEFAULT_BITS = 3.0
+_CENTER_ROUNDS = 3
 # Ratios of input to threshold are counted by their logarithm, 32 bins a power of two.
 _LOWEST, _HIGHEST, _PER_OCTAVE = -64, 64, 32
 
@@ -41,7 +43,7 @@ class Reading(Statistic):
     """What one product reads at any theta.
 
     Attributes:
-        center: float32 [I], the inputs' means.
+        center: float32 [I], what inputs deviate from.
         unit: float32 [L, I], thresholds at theta 1.
         counts: int64 [L, K], how many inputs lie in each bin of log2 of their ratio to the unit threshold; the first bin
             holds everything below, the last everything above.
@@ -85,20 +87,63 @@ class Reading(Statistic):
 
 
 def reading_of(
-    x: torch.Tensor, weight: torch.Tensor, packed: Packed, sensitivity: torch.Tensor, center: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor, packed: Packed, sensitivity: torch.Tensor, center: torch.Tensor
 ) -> Reading:
-    """The reading of one product on calibration inputs x [T, I]; sensitivity float32 [O] as :class:`Graded` explains."""
-    mean = x.mean(0) if center is None else center
-    left = residuals(weight, packed, sensitivity)
-    unit = unit_thresholds(left, packed.level_bytes)
-    deviation = (x - mean).abs()
+    """The reading of one product on calibration inputs x [T, I].
+
+    Args:
+        x: the inputs.
+        weight: [O, I], what the codes of ``packed`` stand for.
+        packed: the codes.
+        sensitivity: float32 [O], as :class:`Graded` explains.
+        center: float32 [I], what inputs deviate from.
+    """
+    unit = unit_thresholds(residuals(weight, packed, sensitivity), packed.level_bytes)
+    return _reading(x, unit, packed, center)
+
+
+def _reading(x: torch.Tensor, unit: torch.Tensor, packed: Packed, center: torch.Tensor) -> Reading:
+    deviation = (x - center).abs()
     bins = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 2
     counts = torch.zeros(len(unit), bins, dtype=torch.int64, device=x.device)
     for level, threshold in enumerate(unit):
         place = ((torch.log2(deviation / threshold) - _LOWEST) * _PER_OCTAVE + 1).nan_to_num(nan=0.0)
         counts[level] = torch.bincount(place.clamp(0, bins - 1).long().flatten(), minlength=bins)
     size = torch.tensor([len(x), packed.out, packed.inputs, *packed.level_bytes], dtype=torch.int64)
-    return Reading(mean.cpu(), unit.cpu(), counts.cpu(), size)
+    # safetensors takes no tensor twice, and products that share an input share its center.
+    return Reading(center.cpu().clone(), unit.cpu(), counts.cpu(), size)
+
+
+def center_of(
+    x: torch.Tensor, products: Sequence[tuple[torch.Tensor, Packed, torch.Tensor]], bits: float = DEFAULT_BITS
+) -> torch.Tensor:
+    """What products that share the inputs x [T, I] should take off them: the mean of each channel where it is skipped.
+
+    The plain mean lies beside the bulk of a channel with a few large values.  Who is skipped depends on the center: found in
+    a few rounds, each product reading ``bits`` on its own.
+
+    Args:
+        x: the inputs.
+        products: weight [O, I], codes and sensitivity [O] of each.
+        bits: about what will be read.
+    """
+    units = [unit_thresholds(residuals(w, packed, s), packed.level_bytes) for w, packed, s in products]
+    center = torch.zeros_like(x[0])
+    for _ in range(_CENTER_ROUNDS):
+        # A little mass at zero: a channel that is hardly ever skipped has no mean worth trusting.
+        total, count = torch.zeros_like(center), torch.full_like(center, 0.01 * len(x) * len(products))
+        for unit, (_, packed, _) in zip(units, products, strict=True):
+            theta = alone(_reading(x, unit, packed, center), bits)
+            skipped = (x - center).abs() < unit[0] * theta
+            total += torch.where(skipped, x, 0.0).sum(0)
+            count += skipped.sum(0)
+        center = total / count
+    return center
+
+
+def alone(reading: Reading, bits: float) -> float:
+    """The theta at which one product reads ``bits`` bits, or all it has where that is less."""
+    return choose_theta({(0, ""): reading}, min(bits, reading.bits(2.0 ** (_LOWEST + 1))))
 
 
 def unit_thresholds(left: torch.Tensor, level_bytes: Sequence[int]) -> torch.Tensor:
@@ -163,7 +208,7 @@ class Graded(Method):
     phases = ()
     sites = ()
     activity = True
-    sparsity = 1 - 3.0 / DENSE_BITS
+    sparsity = 1 - DEFAULT_BITS / DENSE_BITS
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "bits_stored": {"type": int, "choices": STORED, "help": "bits stored of each weight: 4, 6 or 8 (default: 6)"},
     }
@@ -181,14 +226,26 @@ class Graded(Method):
     ) -> dict[str, Statistic]:
         """The readings of a layer's products, by projection, from its activity (:mod:`actsparse.calibration.activity`)."""
         found: dict[str, Statistic] = {}
-        for name, x in inputs.items():
-            weight = layer.weight(name).float()
-            found[name] = reading_of(x, weight, round_nearest(weight, self.bits_stored), sensitivity[name])
+        for names, x in by_input(inputs):
+            weights = [layer.weight(name).float() for name in names]
+            rounded = [round_nearest(weight, self.bits_stored) for weight in weights]
+            sensitive = [sensitivity[name] for name in names]
+            center = center_of(x, list(zip(weights, rounded, sensitive, strict=True)))
+            for name, weight, packed, one in zip(names, weights, rounded, sensitive, strict=True):
+                found[name] = reading_of(x, weight, packed, one, center)
         return found
 
     def solve(self, layers: Sequence[Calibrated], targets: Targets) -> Solution:
         bits = DENSE_BITS * (1 - targets.default)
         return solution_of({(c.layer.index, name): s for c in layers for name, s in c.statistics.items()}, bits)
+
+
+def by_input(inputs: Mapping[str, torch.Tensor]) -> list[tuple[list[str], torch.Tensor]]:
+    """Products grouped by the input they share."""
+    groups: dict[int, tuple[list[str], torch.Tensor]] = {}
+    for name, x in inputs.items():
+        groups.setdefault(id(x), ([], x))[0].append(name)
+    return list(groups.values())
 
 
 def solution_of(readings: Mapping[tuple[int, str], Statistic], bits: float) -> Solution:

@@ -17,10 +17,10 @@ class GradedLinear(SparseModule):
 
     Args:
         packed: the weight.
-        bias: [O] or None.
         site: ``layers.{i}.{projection}``, or ``head``.
         level_threshold: float32 [L, I], not falling along L.
-        center: float32 [I], taken off the input; W center, with every plane read, is added to the output.
+        center: float32 [I], taken off the input.
+        start: float32 [O], what the output starts from: W center of the dense weight, and the bias.
         scope: which tokens; the others read every plane.
     """
 
@@ -31,20 +31,16 @@ class GradedLinear(SparseModule):
     def __init__(
         self,
         packed: Packed,
-        bias: torch.Tensor | None,
         site: str,
         level_threshold: torch.Tensor,
         center: torch.Tensor,
+        start: torch.Tensor,
         scope: str,
     ) -> None:
+        rules = {"level_threshold": level_threshold, "center": center, "start": start}
         device = packed.scale.device
-        center = center.to(device, torch.float32).contiguous()
-        start = kernels.planes.linear(center, packed)
-        start = start if bias is None else start + bias.detach().float()
-        rules = {"level_threshold": level_threshold.to(device, torch.float32).contiguous(), "center": center}
-        super().__init__(site, scope, {**rules, "start": start})
+        super().__init__(site, scope, {name: t.to(device, torch.float32).contiguous() for name, t in rules.items()})
         self.packed = packed
-        self.bias = bias
         self.in_features, self.out_features = packed.inputs, packed.out
 
     def matrix(self) -> kernels.Matrix:
@@ -52,7 +48,7 @@ class GradedLinear(SparseModule):
         return kernels.packed_of(self.packed, self.level_threshold, self.center, self.start)
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.graded_linear(x, self.packed, start=self.bias)
+        return kernels.graded_linear(x, self.packed, None, self.center, self.start)
 
     def sparse(self, x: torch.Tensor) -> torch.Tensor:
         if self.meter is not None:

@@ -6,9 +6,10 @@
     plan.safetensors             the plan, made for the packed weights
     actsparse-00000.safetensors  ... one file per decoder layer, one for everything else
 
-A packed matrix stands as three tensors under its module's name: ``codes`` uint8 [I, G + 8 G S] (a column's mantissas, then its
-planes), ``scale`` bfloat16 [I] and ``gain`` float32 [L]; everything else (embeddings, norms, biases) under its own.  The format
-of codes is :mod:`actsparse.kernels.planes`'.
+A packed matrix stands as five tensors under its module's name: ``codes`` uint8 [I, G + 8 G S] (a column's mantissas, then its
+planes), ``scale`` bfloat16 [I], ``gain`` float32 [L], ``center`` float32 [I] and ``start`` float32 [O]: the product is
+start + W (x - center), and a bias is part of ``start``.  Everything else (embeddings, norms) stands under its own name.  The
+format of codes is :mod:`actsparse.kernels.planes`'.
 
 Shape letters: I inputs, O outputs, G groups of 64 outputs, S bits stored, L = S/2 levels.
 """
@@ -38,21 +39,26 @@ class PackedLinear(nn.Module):
 
     Args:
         packed: the weight.
-        bias: [O] or None.
+        center: float32 [I], taken off the input: codes are rounded for deviations from it.
+        start: float32 [O], what the output starts from: W center of the dense weight, and the bias.
     """
 
-    def __init__(self, packed: Packed, bias: torch.Tensor | None) -> None:
+    center: torch.Tensor
+    start: torch.Tensor
+
+    def __init__(self, packed: Packed, center: torch.Tensor, start: torch.Tensor) -> None:
         super().__init__()
         self.packed = packed
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("center", center, persistent=False)
+        self.register_buffer("start", start, persistent=False)
         self.in_features, self.out_features = packed.inputs, packed.out
 
     def matrix(self) -> kernels.Matrix:
         """What the native decode step is told of it."""
-        return kernels.packed_of(self.packed, start=self.bias)
+        return kernels.packed_of(self.packed, None, self.center, self.start)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.graded_linear(x, self.packed, start=self.bias)
+        return kernels.graded_linear(x, self.packed, None, self.center, self.start)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.stored} bits stored"
@@ -135,20 +141,21 @@ def _fill(model: Any, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"tensor {name}.codes belongs to no module of the model") from None
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"tensor {name}.codes belongs to a {type(linear).__name__}, expected a linear layer")
-        parts = {part: rest.pop(f"{name}.{part}", None) for part in ("codes", "scale", "gain")}
-        codes, scale, gain = parts.values()
-        if codes is None or scale is None or gain is None:
-            raise ValueError(f"{name} is incomplete, expected codes, scale and gain")
+        parts = [rest.pop(f"{name}.{part}", None) for part in ("codes", "scale", "gain", "center", "start")]
+        codes, scale, gain, center, start = parts
+        if codes is None or scale is None or gain is None or center is None or start is None:
+            raise ValueError(f"{name} is incomplete, expected codes, scale, gain, center and start")
         try:
             packed = packed_from(codes, scale, gain, linear.out_features)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if packed.inputs != linear.in_features:
             raise ValueError(f"{name} has {packed.inputs} columns, expected {linear.in_features}")
-        bias = rest.pop(f"{name}.bias", None)
-        if (bias is None) != (linear.bias is None):
-            raise ValueError(f"{name} {'lacks' if bias is None else 'has'} a bias, against the configuration")
-        model.set_submodule(name, PackedLinear(packed, bias))
+        for part, vector, size in (("center", center, packed.inputs), ("start", start, packed.out)):
+            if vector.dtype != torch.float32 or tuple(vector.shape) != (size,) or not bool(vector.isfinite().all()):
+                given = f"{vector.dtype} {list(vector.shape)}"
+                raise ValueError(f"{name}.{part} is {given} or not finite, expected finite float32 [{size}]")
+        model.set_submodule(name, PackedLinear(packed, center, start))
     found = model.load_state_dict(rest, strict=False, assign=True)
     if found.unexpected_keys:
         raise ValueError(f"holds {found.unexpected_keys[0]}, which the model does not know")

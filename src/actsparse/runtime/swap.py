@@ -220,16 +220,18 @@ def _grade_layer(state: State, layer: sites.LayerSites, plan: Plan) -> None:
 
 
 def _graded(linear: Any, site: str, plan: Plan) -> GradedLinear:
-    threshold, center = plan.rules[f"{site}.level_threshold"], plan.rules[f"{site}.center"]
+    threshold = plan.rules[f"{site}.level_threshold"]
     if isinstance(linear, PackedLinear):
-        packed = linear.packed
+        packed, center, start = linear.packed, linear.center, linear.start
         if len(threshold) != len(packed.planes):
             raise PlanError(f"{site} stores {packed.stored} bits, the plan's thresholds are for {2 * len(threshold)}")
     elif type(linear) is nn.Linear:
-        packed = _rounded(linear, 2 * len(threshold))
+        packed, center = _rounded(linear, 2 * len(threshold)), plan.rules[f"{site}.center"].to(linear.weight.device)
+        start = center @ linear.weight.detach().float().T
+        start = start if linear.bias is None else start + linear.bias.detach().float()
     else:
         raise ModelError(f"{site} is a {type(linear).__name__}, expected nn.Linear")
-    return GradedLinear(packed, linear.bias, site, threshold, center, plan.scope)
+    return GradedLinear(packed, site, threshold, center, start, plan.scope)
 
 
 def _note_tokens(plain: SparsePlainFFN, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,163 @@
+"""Packing a model, opening the directory, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from actsparse.calibration import pack as engine
+from actsparse.calibration.pack import Settings, pack
+from actsparse.cli import main
+from actsparse.kernels import planes
+from actsparse.methods.base import MethodError
+from actsparse.models import opening, sites
+from actsparse.models.sites import ModelError
+from actsparse.runtime.decode import Decoder
+from actsparse.runtime.graded import GradedLinear
+from actsparse.runtime.packed import PackedLinear, open_packed
+from actsparse.runtime.swap import open_model, restore, sparsify, state_of
+
+SETTINGS = Settings(bits_stored=6, bits_read=3.2, tokens=512)
+
+
+@pytest.fixture
+def directory(tiny: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Path:
+    """A dense checkpoint; wide enough that scales and padding stay small."""
+    path = tmp_path / "dense"
+    model = tiny("llama", torch.bfloat16, hidden_size=128, intermediate_size=192, head_dim=32, num_attention_heads=4)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text_settings(text_file: Path) -> Settings:
+    return Settings(bits_stored=6, bits_read=3.2, text=str(text_file), tokens=512)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+def test_a_packed_model_is_the_rounded_one(directory: Path, text_settings: Settings, tmp_path: Path) -> None:
+    plan = pack(str(directory), tmp_path / "packed", text_settings)
+    assert plan.settings["bits_read"] == pytest.approx(3.2)
+    dense = opening.open_model(str(directory))
+    model = open_model(str(tmp_path / "packed"))
+    state = state_of(model)
+    assert state is not None
+    assert isinstance(model.model.layers[0].mlp.up_proj, GradedLinear)
+    assert isinstance(model.get_output_embeddings(), GradedLinear)
+    # Every plane: 6 bits of each weight.
+    restore(model)
+    for packed_layer, layer in zip(sites.layers_of(model), sites.layers_of(dense), strict=True):
+        for name, _ in layer.family.projections:
+            product = packed_layer.product(name)
+            assert isinstance(product, PackedLinear)
+            weight = layer.weight(name).float()
+            error = (planes.unpack(product.packed) - weight).square().sum() / weight.square().sum()
+            assert error < 0.05
+    assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+    tokens = torch.randint(1, 4096, (1, 40))
+    with torch.no_grad():
+        exact, rounded = dense(tokens).logits.float(), model(tokens).logits.float()
+    assert float((rounded - exact).norm() / exact.norm()) < 0.35
+    sparsify(model, state.plan)
+    assert Decoder.supports(model) is None
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    directory: Path, text_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(str(directory), tmp_path / "whole", text_settings)
+    do = engine._Run._do
+    seen: list[int] = []
+
+    def stop(run: Any, activity: Any) -> None:
+        if seen and activity.layer == 0:
+            raise KeyboardInterrupt
+        seen.append(activity.layer)
+        do(run, activity)
+
+    monkeypatch.setattr(engine._Run, "_do", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack(str(directory), tmp_path / "again", text_settings)
+    assert seen == [-1, 1]
+    assert not (tmp_path / "again").exists()
+    monkeypatch.setattr(engine._Run, "_do", lambda run, activity: (seen.append(activity.layer), do(run, activity)))
+    pack(str(directory), tmp_path / "again", text_settings)
+    assert seen == [-1, 1, 0]
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    assert not (tmp_path / ".again.packing").exists()
+
+
+def test_the_text_that_comes_along_is_enough(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pack", str(directory), "-o", str(tmp_path / "out"), "--bits-read", "3.5", "--tokens", "600"]) == 0
+    assert "6 bits stored, 3.50 bits read per weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncate", "is truncated or damaged"),
+        ("missing", "lacks actsparse-00001.safetensors"),
+        ("scale", "scale holds a value that is not finite"),
+        ("codes", "expected uint8"),
+        ("foreign", "which the model does not know"),
+        ("lacking", "lacks model.norm.weight"),
+        ("version", "has packed format 9, expected 1"),
+    ],
+)
+def test_damaged_directories_are_refused(
+    directory: Path, text_settings: Settings, tmp_path: Path, damage: str, message: str
+) -> None:
+    path = tmp_path / "packed"
+    pack(str(directory), path, text_settings)
+    shard, rest = path / "actsparse-00001.safetensors", path / "actsparse-00000.safetensors"
+    if damage == "truncate":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "version":
+        config = json.loads((path / "config.json").read_text())
+        config["quantization_config"]["format_version"] = 9
+        (path / "config.json").write_text(json.dumps(config))
+    else:
+        file = rest if damage in ("foreign", "lacking") else shard
+        tensors = load_file(file)
+        name = "model.layers.0.mlp.up_proj"
+        if damage == "scale":
+            tensors[f"{name}.scale"][3] = torch.inf
+        elif damage == "codes":
+            tensors[f"{name}.codes"] = tensors[f"{name}.codes"][:, :-1].contiguous()
+        elif damage == "foreign":
+            tensors["model.other.weight"] = torch.zeros(3)
+        else:
+            del tensors["model.norm.weight"]
+        save_file(tensors, file)
+    with pytest.raises(ModelError, match=message):
+        open_packed(str(path))
+
+
+def test_what_cannot_be_packed_is_refused(directory: Path, text_settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "packed"
+    pack(str(directory), path, text_settings)
+    with pytest.raises(ModelError, match="exists, expected a new directory"):
+        pack(str(directory), path, text_settings)
+    with pytest.raises(ModelError, match="is packed already"):
+        pack(str(path), tmp_path / "twice", text_settings)
+    with pytest.raises(ModelError, match="is packed, expected a dense one"):
+        opening.open_model(str(path))
+    with pytest.raises(MethodError, match="bits read is 9"):
+        pack(str(directory), tmp_path / "more", Settings(bits_read=9))
+    with pytest.raises(MethodError, match="bits read is 0.01"):
+        pack(str(directory), tmp_path / "less", Settings(bits_read=0.01, text=text_settings.text, tokens=512))
+    assert not (tmp_path / "less").exists()
