@@ -271,14 +271,16 @@ def paired_losses(
             block = batches[at : at + len(held)]
             with candidate() as model:
                 for index, tokens in enumerate(block):
-                    found = _scored_logits(model, tokens.to(model.device), scope).cpu()
+                    tokens = tokens.to(model.device)
+                    found = _scored_logits(model, tokens, scope)
                     if found.shape != held[index].shape:
                         raise PlanError(
                             f"the candidate's vocabulary has {found.shape[-1]} entries, the reference's "
                             f"{held[index].shape[-1]}: expected one vocabulary"
                         )
-                    targets = tokens[:, scored_from(scope, length) + 1 :].cpu()
-                    rows += [_compare(*row) for row in zip(held[index], found, targets, strict=True)]
+                    targets = tokens[:, scored_from(scope, length) + 1 :]
+                    for one, other, target in zip(held[index], found, targets, strict=True):
+                        rows.append(_compare(one.to(other.device), other, target))
                     tick(tokens.numel())
             at += len(block)
     return Paired(*torch.stack(rows).unbind(1))
@@ -290,17 +292,18 @@ def _fits(held: list[torch.Tensor]) -> bool:
 
 def _compare(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Losses, divergence and agreement of one window, float64 [4], from logits [L, V] (the last row predicts no target)."""
-    sums = torch.zeros(4, dtype=torch.float64)
+    parts: list[torch.Tensor] = []
     for at in range(0, len(targets), COMPARED_POSITIONS):
         chosen = slice(at, min(at + COMPARED_POSITIONS, len(targets)))
         p, q = (F.log_softmax(side[chosen].float(), dim=-1) for side in (reference, candidate))
-        # An entry of probability 0 under both adds nothing, not 0 x (inf - inf).
-        terms = torch.where(p == q, 0.0, p.exp() * (p - q))
-        sums[0] += F.nll_loss(p, targets[chosen], reduction="none").double().sum()
-        sums[1] += F.nll_loss(q, targets[chosen], reduction="none").double().sum()
-        sums[2] += terms.sum(-1, dtype=torch.float64).sum()
-        sums[3] += (p.argmax(-1) == q.argmax(-1)).sum()
-    return sums / len(targets)
+        share = p.exp()
+        # What the reference excludes adds nothing, not 0 x infinity.
+        terms = torch.where(share == 0, 0.0, share * (p - q))
+        losses = [F.nll_loss(side, targets[chosen], reduction="none").double() for side in (p, q)]
+        agree = (p.argmax(-1) == q.argmax(-1)).double()
+        parts.append(torch.stack([*losses, terms.sum(-1, dtype=torch.float64), agree]))
+    # Row by row, because the mean of several rows at once may be summed in another order than that of window_losses.
+    return torch.stack([row.mean() for row in torch.cat(parts, dim=1)]).cpu()
 
 
 def window_losses(
