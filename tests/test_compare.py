@@ -49,6 +49,7 @@ def test_every_cell_is_what_ppl_measures(model: Any, tokenizer: Any, grid: Grid,
     assert [cell["cell"] for cell in results.cells] == ["dense", *(f"{m}-{s}" for m in METHODS for s in (0.3, 0.7))]
     dense = results.cells[0]
     assert dense["increase"] == 0
+    assert (dense["divergence"], dense["agreement"]) == (0, 1)
     assert dense["weights_read"] == 1
     calibration, evaluation = engine._windows(model, tokenizer, grid)
     assert results.about["evaluation"]["sha256"] == evaluation.digest
@@ -146,13 +147,18 @@ def test_the_page_stands_alone(model: Any, tokenizer: Any, grid: Grid, tmp_path:
     assert "<tiny> & co" in page.text
     for cell in results.cells:
         assert f"{cell['ppl']:.4f}" in page.text
+    for cell in results.cells[1:]:
+        assert cell["divergence"] > 0
+        assert 0 < cell["agreement"] <= 1
+        assert f"{cell['divergence']:.4f} ± {cell['divergence_stderr']:.4f}" in page.text
+        assert f"{100 * cell['agreement']:.2f} % ± {100 * cell['agreement_stderr']:.2f}" in page.text
     assert "oracle is a bound" in page.text
     assert "oracle-0.3" not in results.speed["cells"]
     assert set(results.speed["cells"]) == {cell["cell"] for cell in results.cells if not cell["evaluation_only"]}
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table == markdown(results)
     rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert {row.count("|") for row in rows[: len(results.cells) + 2]} == {9}
+    assert {row.count("|") for row in rows[: len(results.cells) + 2]} == {11}
     assert re.search(r"^\| cats \| 0\.3 \|", table, re.MULTILINE)
     # Rendered again from the folder alone, it is the same.
     before = files(tmp_path)

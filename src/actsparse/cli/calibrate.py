@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
         windows = text.load_windows(source, tokenizer, tokens=EVALUATION_TOKENS, window=EVALUATION_WINDOW)
         for plan in plans:
             with progress_bar("evaluating") as progress:
-                result = evaluate.compare_perplexity(model, plan, windows, progress=progress)
+                result = evaluate.compare_perplexity(model, plan, windows, progress=progress, divergence=False)
             increase, error = result.sparse.ppl / result.dense.ppl - 1, result.delta_stderr / result.dense.ppl
             own = "" if options.evaluation_text else ", the text it was calibrated on (--evaluation-text names another)"
             print(

@@ -55,20 +55,34 @@ def run(options: argparse.Namespace) -> None:
         if options.json:
             print_json({"dense": asdict(dense), "tokens": evaluate.scored_tokens(windows, "all"), "scope": "all"})
         return
+    assert result.divergence is not None
+    assert result.agreement is not None
     increase = result.sparse.ppl - result.dense.ppl
     rows = [
-        ["dense", f"{result.dense.ppl:.4f}", f"{result.dense.stderr:.4f}", "", "100.0%", "100.0%"],
+        ["dense", f"{result.dense.ppl:.4f}", f"{result.dense.stderr:.4f}", "", "", "", "100.0%", "100.0%"],
         [
             f"{plan.method} {plan.sparsity:g}",
             f"{result.sparse.ppl:.4f}",
             f"{result.sparse.stderr:.4f}",
             f"{increase:+.4f} +- {result.delta_stderr:.4f} ({increase / result.dense.ppl:+.2%})",
+            f"{result.divergence.value:.4f} +- {result.divergence.stderr:.4f}",
+            f"{result.agreement.value:.2%} +- {result.agreement.stderr:.2%}",
             f"{result.weights_read.fraction:.1%}",
             f"{result.weights_read.ffn_fraction:.1%}",
         ],
     ]
     title = f"{result.tokens:,} tokens of {windows.source}, scope {result.scope}"
-    print_table(title, ["model", "perplexity", "+-", "increase (paired)", "weights read", "of the FFN"], rows)
+    header = [
+        "model",
+        "perplexity",
+        "+-",
+        "increase (paired)",
+        "KL to dense",
+        "same top token",
+        "weights read",
+        "of the FFN",
+    ]
+    print_table(title, header, rows)
     print(f"weights read per token: {result.weights_read.bytes / 1e6:,.1f} MB")
     if options.json:
         print_json(result)

@@ -30,7 +30,7 @@ from actsparse.models.text import TextError, Windows
 from actsparse.plan import Plan, PlanError
 
 # Raise it when a cell's content changes for the same inputs.
-_PROTOCOL = 1
+_PROTOCOL = 2
 
 
 class Progress(Protocol):
@@ -51,7 +51,8 @@ def compare(
     """Run the cells of ``grid`` that ``directory`` does not hold yet.
 
     A cell's document has ``cell``, ``method``, ``sparsity``, ``ppl`` and ``ppl_stderr``, ``increase`` over dense with its
-    paired ``increase_stderr``, ``weights_read`` (bytes read per token, as a fraction of the dense model's),
+    paired ``increase_stderr``, ``divergence`` (KL(dense || sparse), nats a token) and ``agreement`` (of the most likely token)
+    with theirs, ``weights_read`` (bytes read per token, as a fraction of the dense model's),
     ``weights_read_bytes``, ``ffn_weights_read``, ``sparsity_by_site`` (what was skipped while scoring), and ``tasks``.
 
     Args:
@@ -230,6 +231,8 @@ class _Run:
         result = evaluate.compare_perplexity(
             self._model, plan, self.evaluation, progress=self._advance(self.evaluation.count), dense=dense
         )
+        assert result.divergence is not None
+        assert result.agreement is not None
         document = {
             "cell": name,
             "key": self._cell_keys[name],
@@ -243,6 +246,10 @@ class _Run:
             "increase_stderr": result.delta_stderr,
             "relative_increase": result.sparse.ppl / result.dense.ppl - 1,
             "relative_increase_stderr": result.delta_stderr / result.dense.ppl,
+            "divergence": result.divergence.value,
+            "divergence_stderr": result.divergence.stderr,
+            "agreement": result.agreement.value,
+            "agreement_stderr": result.agreement.stderr,
             "weights_read": result.weights_read.fraction,
             "weights_read_bytes": result.weights_read.bytes,
             "ffn_weights_read": result.weights_read.ffn_fraction,

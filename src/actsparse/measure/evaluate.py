@@ -1,4 +1,4 @@
-"""Quality: perplexity of a sparsified model, paired with the dense one on the same tokens, and the weights it reads.
+"""Quality: a sparsified model beside the dense one on the same tokens (perplexity, divergence, agreement), and what it reads.
 
 Only tokens predicted from positions that the scope sparsifies are scored, for the dense model too:
 
@@ -15,8 +15,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch.nn import functional as F
@@ -29,6 +30,10 @@ from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.swap import attach_meter, restore, sparsify, state_of
 
 BATCH_TOKENS = 2048
+# Logits of the reference that are held while the candidate is made ready, in bytes (one batch at least).
+HELD_BYTES = 1 << 30
+# Positions whose distributions are compared at once: a vocabulary may have 256k entries.
+COMPARED_POSITIONS = 64
 # Below this a short text may really skip nothing.
 LEAST_SKIPPED = 0.01
 
@@ -45,6 +50,35 @@ class Perplexity:
 
     ppl: float
     stderr: float
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over scored tokens, with the standard error that windows as independent samples give."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A candidate beside a reference, per window: float64 [W], means over the window's scored tokens.
+
+    Attributes:
+        reference: negative log-likelihood (nats) of the reference.
+        candidate: that of the candidate.
+        divergence: KL(reference || candidate) of the predicted distributions, nats.
+        agreement: fraction of tokens for which both predict the same token first.
+    """
+
+    reference: torch.Tensor
+    candidate: torch.Tensor
+    divergence: torch.Tensor
+    agreement: torch.Tensor
+
+
+# Makes a model ready and yields it: a model that takes turns with itself, dense and sparse, or simply another one.
+Ready = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +105,8 @@ class Comparison:
     """A sparsified model beside the dense one.
 
     ``delta_stderr`` is the standard error of ``sparse.ppl - dense.ppl``, paired by window; ``sparsity`` the fraction
-    skipped per site; ``tokens`` how many were scored.
+    skipped per site; ``tokens`` how many were scored.  ``divergence`` (KL(dense || sparse), nats) and ``agreement`` (of the
+    most likely token) are None where they were not asked for.
     """
 
     dense: Perplexity
@@ -81,6 +116,8 @@ class Comparison:
     sparsity: dict[str, float]
     tokens: int
     scope: str
+    divergence: Mean | None = None
+    agreement: Mean | None = None
 
 
 def compare_perplexity(
@@ -90,43 +127,71 @@ def compare_perplexity(
     *,
     progress: Progress | None = None,
     dense: torch.Tensor | None = None,
+    divergence: bool = True,
 ) -> Comparison:
-    """Perplexity of ``model`` dense and under ``plan``, on the same tokens.  The model is left dense.
+    """``model`` dense and under ``plan``, on the same tokens.  The model is left dense.
 
     Args:
         model: the Hugging Face model, dense or sparsified.
         plan: its rules; ``plan.scope`` decides which tokens are sparsified and scored.
         windows: evaluation text.
         progress: called after every batch.
-        dense: what :func:`window_losses` gave for the dense model on the same windows and scope, to save a pass.
+        dense: what :func:`window_losses` gave for the dense model on the same windows and scope; saves its pass
+            where no divergence is asked for.
+        divergence: also give the KL divergence to the dense model and the agreement of the most likely token.
 
     Raises:
         PlanError: nothing was skipped under a plan that should skip; see :func:`check_skipped`.
     """
     restore(model)
-    passes = 1 if dense is not None else 2
-    total = windows.count * passes
-    before = 0
-    if dense is None:
-        dense = window_losses(model, windows, plan.scope, progress=progress and _shifted(progress, 0, total))
-        before = windows.count
     meter = Meter()
-    sparsify(model, plan)
-    try:
-        attach_meter(model, meter)
-        shifted = progress and _shifted(progress, before, total)
-        sparse = window_losses(model, windows, plan.scope, progress=shifted)
-        read = weights_read(model, meter)
-        check_skipped(plan, meter)
-    finally:
-        restore(model)
+    read: WeightsRead | None = None
+
+    @contextlib.contextmanager
+    def sparsified() -> Iterator[Any]:
+        nonlocal read
+        sparsify(model, plan)
+        try:
+            attach_meter(model, meter)
+            yield model
+            read = weights_read(model, meter)
+        finally:
+            restore(model)
+
+    paired: Paired | None = None
+    if divergence:
+        paired = paired_losses(
+            lambda: contextlib.nullcontext(model), sparsified, windows, plan.scope, progress=progress
+        )
+        sparse = paired.candidate
+        dense = paired.reference if dense is None else dense
+    else:
+        passes = 1 if dense is not None else 2
+        total = windows.count * passes
+        if dense is None:
+            dense = window_losses(model, windows, plan.scope, progress=progress and _shifted(progress, 0, total))
+        with sparsified():
+            shifted = progress and _shifted(progress, (passes - 1) * windows.count, total)
+            sparse = window_losses(model, windows, plan.scope, progress=shifted)
+    check_skipped(plan, meter)
+    assert read is not None
     one, other = perplexity(dense), perplexity(sparse)
     # First-order error of exp(mean) for both sides, paired: each window moves both.
-    paired = other.ppl * sparse - one.ppl * dense
+    moved = other.ppl * sparse - one.ppl * dense
     site_sparsity = {
         site: value for site, value in meter.sparsity().items() if site in plan.achieved or not plan.achieved
     }
-    return Comparison(one, other, _stderr(paired), read, site_sparsity, scored_tokens(windows, plan.scope), plan.scope)
+    return Comparison(
+        one,
+        other,
+        _stderr(moved),
+        read,
+        site_sparsity,
+        scored_tokens(windows, plan.scope),
+        plan.scope,
+        _mean(paired.divergence) if paired else None,
+        _mean(paired.agreement) if paired else None,
+    )
 
 
 def check_skipped(plan: Plan, meter: Meter) -> None:
@@ -159,10 +224,86 @@ def scorer(model: Any, windows: text.Windows) -> Callable[[Plan], tuple[float, f
     def score(plan: Plan) -> tuple[float, float]:
         if plan.scope not in dense:
             dense[plan.scope] = window_losses(model, windows, plan.scope)
-        result = compare_perplexity(model, plan, windows, dense=dense[plan.scope])
+        result = compare_perplexity(model, plan, windows, dense=dense[plan.scope], divergence=False)
         return result.weights_read.fraction, result.sparse.ppl / result.dense.ppl - 1
 
     return score
+
+
+def paired_losses(
+    reference: Ready,
+    candidate: Ready,
+    windows: text.Windows,
+    scope: str = "all",
+    *,
+    progress: Progress | None = None,
+) -> Paired:
+    """Losses of two models on the same windows, and how far the candidate's predictions are from the reference's.
+
+    Each is called once per block of windows and its context left before the other's is entered, so that one model can be
+    both.  A block is as many windows as leave the reference's logits within :data:`HELD_BYTES`, one batch at least.  Both
+    must have one vocabulary.
+
+    Raises:
+        PlanError: the vocabularies differ.
+    """
+    length = windows.tokens.shape[1]
+    size = max(1, BATCH_TOKENS // length)
+    batches = list(windows.tokens.split(size))
+    rows: list[torch.Tensor] = []
+    done = 0
+
+    def tick(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if progress:
+            progress(done, 2 * windows.count)
+
+    with torch.inference_mode():
+        at = 0
+        while at < len(batches):
+            held: list[torch.Tensor] = []
+            with reference() as model:
+                while at + len(held) < len(batches) and (not held or _fits(held)):
+                    tokens = batches[at + len(held)]
+                    held.append(_scored_logits(model, tokens.to(model.device), scope).cpu())
+                    tick(tokens.numel())
+            block = batches[at : at + len(held)]
+            with candidate() as model:
+                for index, tokens in enumerate(block):
+                    tokens = tokens.to(model.device)
+                    found = _scored_logits(model, tokens, scope)
+                    if found.shape != held[index].shape:
+                        raise PlanError(
+                            f"the candidate's vocabulary has {found.shape[-1]} entries, the reference's "
+                            f"{held[index].shape[-1]}: expected one vocabulary"
+                        )
+                    targets = tokens[:, scored_from(scope, length) + 1 :]
+                    for one, other, target in zip(held[index], found, targets, strict=True):
+                        rows.append(_compare(one.to(other.device), other, target))
+                    tick(tokens.numel())
+            at += len(block)
+    return Paired(*torch.stack(rows).unbind(1))
+
+
+def _fits(held: list[torch.Tensor]) -> bool:
+    return (len(held) + 1) * held[0].numel() * held[0].element_size() <= HELD_BYTES
+
+
+def _compare(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Losses, divergence and agreement of one window, float64 [4], from logits [L, V] (the last row predicts no target)."""
+    parts: list[torch.Tensor] = []
+    for at in range(0, len(targets), COMPARED_POSITIONS):
+        chosen = slice(at, min(at + COMPARED_POSITIONS, len(targets)))
+        p, q = (F.log_softmax(side[chosen].float(), dim=-1) for side in (reference, candidate))
+        share = p.exp()
+        # What the reference excludes adds nothing, not 0 x infinity.
+        terms = torch.where(share == 0, 0.0, share * (p - q))
+        losses = [F.nll_loss(side, targets[chosen], reduction="none").double() for side in (p, q)]
+        agree = (p.argmax(-1) == q.argmax(-1)).double()
+        parts.append(torch.stack([*losses, terms.sum(-1, dtype=torch.float64), agree]))
+    # Row by row, because the mean of several rows at once may be summed in another order than that of window_losses.
+    return torch.stack([row.mean() for row in torch.cat(parts, dim=1)]).cpu()
 
 
 def window_losses(
@@ -252,7 +393,8 @@ def _stored_bytes(product: Any) -> int:
     return int(product.weight.numel() * product.weight.element_size())
 
 
-def _batch_losses(model: Any, tokens: torch.Tensor, scope: str) -> torch.Tensor:
+def _scored_logits(model: Any, tokens: torch.Tensor, scope: str) -> torch.Tensor:
+    """Logits [B, S, V] from the first scored position on; the last one's prediction has no target."""
     length = tokens.shape[1]
     start = scored_from(scope, length)
     if scope == "decode":
@@ -262,6 +404,11 @@ def _batch_losses(model: Any, tokens: torch.Tensor, scope: str) -> torch.Tensor:
             logits = model(input_ids=tokens[:, start:], use_cache=True, **argument).logits
     else:
         logits = model(input_ids=tokens, use_cache=False).logits[:, start:]
+    return cast(torch.Tensor, logits)
+
+
+def _batch_losses(model: Any, tokens: torch.Tensor, scope: str) -> torch.Tensor:
+    start, logits = scored_from(scope, tokens.shape[1]), _scored_logits(model, tokens, scope)
     rows = []
     for row, target in zip(logits, tokens[:, start + 1 :], strict=True):
         rows.append(F.cross_entropy(row[:-1].float(), target, reduction="none").double().mean())
@@ -288,6 +435,10 @@ def _shifted(progress: Progress, before: int, overall: int) -> Progress:
         progress(before + done, overall)
 
     return shifted
+
+
+def _mean(values: torch.Tensor) -> Mean:
+    return Mean(float(values.mean()), _stderr(values))
 
 
 def _stderr(values: torch.Tensor) -> float:

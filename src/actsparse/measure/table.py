@@ -14,7 +14,16 @@ def markdown(results: Results) -> str:
     """The comparison as Markdown: every cell, then perplexity at equal weights read."""
     about = results.about
     tasks = [score["task"] for score in results.cells[0]["tasks"] if score["metric"] == "acc"]
-    header = ["method", "sparsity", "weights read", "of the FFN", "perplexity", "increase (paired)"]
+    header = [
+        "method",
+        "sparsity",
+        "weights read",
+        "of the FFN",
+        "perplexity",
+        "increase (paired)",
+        "KL to dense",
+        "same top token",
+    ]
     header += [f"{task} acc" for task in tasks]
     header += ["tokens/s", "against dense"] if results.speed else []
     lines = [
@@ -84,6 +93,8 @@ def _row(results: Results, cell: Mapping[str, Any], tasks: Sequence[str]) -> lis
         f"{cell['ffn_weights_read']:.1%}",
         f"{cell['ppl']:.4f} ± {cell['ppl_stderr']:.4f}",
         "-" if dense else f"{cell['relative_increase']:+.2%} ± {cell['relative_increase_stderr']:.2%}",
+        "-" if dense else f"{cell['divergence']:.4f} ± {cell['divergence_stderr']:.4f}",
+        "-" if dense else f"{cell['agreement']:.2%} ± {cell['agreement_stderr']:.2%}",
     ]
     accuracy = {score["task"]: score for score in cell["tasks"] if score["metric"] == "acc"}
     row += [_accuracy(accuracy.get(task)) for task in tasks]

@@ -9,6 +9,7 @@ Shape letters: T tokens, V vocabulary, K key/value heads, L cache length, D head
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,9 @@ class Decoder:
         cosine, sine = rope_tables(decoder.rotary_emb, cache_length)
         self._vocabulary = head.out_features
         kernels.use_huge_pages(*model.parameters())
+        # Its own counters: two that decode at once in one process must not count each other's reads.
+        self._stats = kernels.cpu.Stats()
+        self._stats_reference = ctypes.byref(self._stats)
         self.native = kernels.decoder_of(
             [_layer(layer, model, self._keys[i], self._values[i]) for i, layer in enumerate(layers)],
             heads=heads,
@@ -173,11 +177,15 @@ class Decoder:
         if not 0 <= token < self.native.embedding.out:
             raise ModelError(f"token is {token}, expected 0 to {self.native.embedding.out - 1}")
         logits = torch.empty(self._vocabulary, dtype=torch.float32, device="cpu")
-        kernels.decode_step(self.native, token, self.position, logits)
+        kernels.decode_step(self.native, token, self.position, logits, self._stats_reference)
         if self._session is not None:
             self._stepped[self.position - self._session.seen :] = [token]
         self.position += 1
         return logits
+
+    def stats(self) -> dict[str, int]:
+        """Work done by :meth:`step` since this decoder was made (prefill not counted); see :meth:`kernels.cpu.Stats.counts`."""
+        return self._stats.counts()
 
     def rewind(self, position: int) -> None:
         """Forget everything from ``position`` on (0 <= position <= the present one)."""

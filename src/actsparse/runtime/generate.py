@@ -276,7 +276,7 @@ class _Native:
         logits = decoder.prefill(torch.tensor(tokens[decoder.position :]))
         result.prefill_s = time.perf_counter() - began
         warpers = sampling.processors()
-        bytes_before = kernels.stats()["bytes"]
+        bytes_before = decoder.stats()["bytes"]
         while True:
             began = time.perf_counter()
             token = _choose(logits, self._fed, warpers, greedy=sampling.temperature == 0)
@@ -289,7 +289,7 @@ class _Native:
             began = time.perf_counter()
             logits = decoder.step(token)
             result.decode_s += chosen_s + time.perf_counter() - began
-            result.weights_read_bytes = (kernels.stats()["bytes"] - bytes_before) / len(result.tokens)
+            result.weights_read_bytes = (decoder.stats()["bytes"] - bytes_before) / len(result.tokens)
 
 
 class _Transformers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,12 +110,15 @@ def decoder_of(
     return decoder
 
 
-def decode_step(decoder: Decoder, token: int, position: int, logits: Tensor) -> None:
-    """One token: appends to the caches at ``position`` and writes float32 logits [vocab] in place."""
+def decode_step(decoder: Decoder, token: int, position: int, logits: Tensor, stats: Any = stats_reference) -> None:
+    """One token: appends to the caches at ``position`` and writes float32 logits [vocab] in place.
+
+    ``stats``: ``ctypes.byref`` of the :class:`Stats` to add to; by default those of the process.
+    """
     head = decoder.lm_head if decoder.lm_head.data else decoder.embedding
     if logits.dtype != torch.float32 or not logits.is_contiguous() or logits.numel() != head.out:
         raise ValueError(f"logits must be contiguous float32 [{head.out}], got {logits.dtype} {tuple(logits.shape)}")
     check(
-        library().as_decode_step(ctypes.byref(decoder), token, position, logits.data_ptr(), stats_reference),
+        library().as_decode_step(ctypes.byref(decoder), token, position, logits.data_ptr(), stats),
         "decode_step",
     )

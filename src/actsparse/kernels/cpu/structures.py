@@ -40,7 +40,7 @@ class Matrix(Structure):
 
 
 class Stats(Structure):
-    """``as_stats``: work done, summed over calls."""
+    """``as_stats``: work done, summed over the calls that are given it."""
 
     _fields_ = [
         ("gate_rows", c_int64),
@@ -51,6 +51,14 @@ class Stats(Structure):
         ("packed_weights", c_int64),
         ("product_ns", c_int64),
     ]
+
+    def counts(self) -> dict[str, int]:
+        """The counters by name.
+
+        Stored rows or columns read per matrix, bytes of weights, and nanoseconds inside the parallel regions that multiply
+        (with waking and joining threads): what a call takes beyond them is overhead.
+        """
+        return {field[0]: int(getattr(self, field[0])) for field in self._fields_}
 
 
 class FFN(Structure):

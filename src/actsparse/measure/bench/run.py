@@ -189,12 +189,12 @@ class _Native:
         began = time.perf_counter()
         token = int(decoder.prefill(self._prompt).argmax())
         row.prefill_tok_s.append(len(self._prompt) / (time.perf_counter() - began))
-        before = kernels.stats()
+        before = decoder.stats()
         began = time.perf_counter()
         for _ in range(steps):
             token = int(decoder.step(token).argmax())
         seconds = (time.perf_counter() - began) / steps
-        done = {name: (value - before[name]) / steps for name, value in kernels.stats().items()}
+        done = {name: (value - before[name]) / steps for name, value in decoder.stats().items()}
         row.decode_tok_s.append(1 / seconds)
         row.weights_read_bytes = done["bytes"]
         blocks = [decoder.native.layer[index].ffn for index in range(decoder.native.layers)]
