@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from actsparse.models import caches, sites, text
+from actsparse.models.sites import ModelError
 from actsparse.plan import Plan, PlanError
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import Meter, SparseFFN
@@ -29,6 +30,7 @@ from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.swap import attach_meter, restore, sparsify, state_of
 
 BATCH_TOKENS = 2048
+_LARGEST_LOSS = 700  # nats: beyond it the perplexity is no float64
 # Below this a short text may really skip nothing.
 LEAST_SKIPPED = 0.01
 
@@ -178,7 +180,14 @@ def window_losses(
             losses.append(_batch_losses(model, tokens, scope))
             if progress:
                 progress(min(at + size, count) * length, windows.count)
-    return torch.cat(losses)
+    found = torch.cat(losses)
+    worst = float(found.max())
+    if not worst < _LARGEST_LOSS:
+        raise ModelError(
+            f"the loss of a window is {worst:g}, expected a finite number under {_LARGEST_LOSS}: "
+            "the model's weights hold NaN, infinity or absurd values"
+        )
+    return found
 
 
 def scored_from(scope: str, length: int) -> int:

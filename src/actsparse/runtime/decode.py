@@ -259,17 +259,14 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
         v_cache=values,
         q_norm=_optional_norm(layer.module, family.q_norm),
         k_norm=_optional_norm(layer.module, family.k_norm),
-        q=_matrix(attention["q"]),
-        k=_matrix(attention["k"]),
-        v=_matrix(attention["v"]),
-        o=_matrix(attention["o"]),
+        **{name: _matrix(linear, thresholds.get(f"{name}_threshold")) for name, linear in attention.items()},
         **thresholds,
     )
 
 
-def _matrix(linear: Any) -> kernels.Matrix:
+def _matrix(linear: Any, threshold: torch.Tensor | None = None) -> kernels.Matrix:
     # Detached, because re-laying a weight gives the parameter new storage: an alias keeps the one pointed at alive.
-    return kernels.matrix_of(linear.weight.detach(), linear.bias)
+    return kernels.matrix_of(linear.weight.detach(), linear.bias, prefer=kernels.cpu.skipped_by(threshold))
 
 
 def _norm(module: Any) -> kernels.Norm:

@@ -7,6 +7,7 @@ Shape letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TextStreamer,
@@ -26,7 +28,7 @@ from transformers import (
 from actsparse import kernels
 from actsparse.models import caches
 from actsparse.models.sites import ModelError
-from actsparse.models.text import TextError
+from actsparse.models.text import TextError, check_text
 from actsparse.runtime.decode import Decoder
 from actsparse.runtime.prompts import read
 from actsparse.runtime.swap import prompts_of, state_of
@@ -159,7 +161,7 @@ def generate(
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
     """The prompt's tokens; TextError when there are none."""
-    tokens = tokenizer(prompt, verbose=False)["input_ids"]
+    tokens = tokenizer(check_text(prompt, "prompt"), verbose=False)["input_ids"]
     if not tokens:
         raise TextError("prompt is empty, expected some text")
     return list(tokens)
@@ -346,10 +348,11 @@ class _Transformers:
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=settings,
+                    logits_processor=LogitsProcessorList([_Finite()]),
                     streamer=clock,
                     **caches.cache_argument(self._model.forward, self._cache),
                 )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ModelError):
             # Some layers may have taken in a token that others have not: start over next time.
             self._cache, self.tokens = DynamicCache(config=self._model.config), []
             raise
@@ -421,7 +424,24 @@ class _seeded:
             torch.set_rng_state(self._before)
 
 
+def check_logits(logits: torch.Tensor) -> None:
+    """ModelError unless the likeliest of ``logits`` [..., V] is a finite number: with NaN, any choice would be arbitrary."""
+    # NaN wins every comparison in max, so that one reduction finds it wherever it is.
+    peak = float(logits.max())
+    if not math.isfinite(peak):
+        raise ModelError(f"the model's logits hold {peak}, expected finite numbers: its weights hold NaN or infinity")
+
+
+class _Finite(LogitsProcessor):
+    """:func:`check_logits` inside transformers' generate."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_logits(scores)
+        return scores
+
+
 def _choose(logits: torch.Tensor, tokens: list[int], warpers: LogitsProcessorList, *, greedy: bool) -> int:
+    check_logits(logits)
     if greedy:
         return int(logits.argmax())
     scores = warpers(torch.tensor([tokens]), logits[None])

@@ -22,11 +22,13 @@ from .structures import (
     ffn_of,
     layout_of,
     matrix_of,
+    skipped_by,
 )
 
 __all__ = [
     "ACTIVATIONS", "DTYPES", "FFN", "MAX_BATCH", "ROWS", "Call", "Decoder", "Layer", "Matrix", "Norm", "ReadTest",
     "activation_code", "available_isas", "channel_statistics", "core_statistics", "decode_step", "decoder_of", "ffn_of",
     "gated_ffn", "isa", "layer_of", "layout_of", "library", "linear", "linear_rows", "matrix_of", "missing", "norm_of",
+    "skipped_by",
     "read_bandwidth", "reset_stats", "select_isa", "stats", "threads_note", "time_calls", "use_huge_pages",
 ]  # fmt: skip
