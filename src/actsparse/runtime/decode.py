@@ -251,6 +251,9 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
         biases = {f"{name}_bias": layer.linear(name).bias for name in sites.FFN_PROJECTIONS}
         rules = kernels.Rules(sites.activation_of(model), family.up_activation, **biases)
     gate, up, down = (layer.module.get_parameter(f"{paths[name]}.weight").detach() for name in sites.FFN_PROJECTIONS)
+    matrices: dict[str, Any] = {
+        name: _matrix(linear, thresholds[f"{name}_threshold"]) for name, linear in attention.items()
+    }
     return kernels.layer_of(
         input_norm=_norm(layer.module.get_submodule(family.input_norm)),
         post_norm=_norm(layer.module.get_submodule(family.post_norm)),
@@ -259,7 +262,7 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
         v_cache=values,
         q_norm=_optional_norm(layer.module, family.q_norm),
         k_norm=_optional_norm(layer.module, family.k_norm),
-        **{name: _matrix(linear, thresholds.get(f"{name}_threshold")) for name, linear in attention.items()},
+        **matrices,
         **thresholds,
     )
 

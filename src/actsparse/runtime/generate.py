@@ -7,7 +7,6 @@ Shape letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TextStreamer,
@@ -30,6 +28,7 @@ from actsparse.models import caches
 from actsparse.models.sites import ModelError
 from actsparse.models.text import TextError, check_text
 from actsparse.runtime.decode import Decoder
+from actsparse.runtime.finite import Finite, check_logits
 from actsparse.runtime.prompts import read
 from actsparse.runtime.swap import prompts_of, state_of
 
@@ -348,7 +347,7 @@ class _Transformers:
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=settings,
-                    logits_processor=LogitsProcessorList([_Finite()]),
+                    logits_processor=LogitsProcessorList([Finite()]),
                     streamer=clock,
                     **caches.cache_argument(self._model.forward, self._cache),
                 )
@@ -422,22 +421,6 @@ class _seeded:
     def __exit__(self, *exception: object) -> None:
         if self._seed is not None:
             torch.set_rng_state(self._before)
-
-
-def check_logits(logits: torch.Tensor) -> None:
-    """ModelError unless the likeliest of ``logits`` [..., V] is a finite number: with NaN, any choice would be arbitrary."""
-    # NaN wins every comparison in max, so that one reduction finds it wherever it is.
-    peak = float(logits.max())
-    if not math.isfinite(peak):
-        raise ModelError(f"the model's logits hold {peak}, expected finite numbers: its weights hold NaN or infinity")
-
-
-class _Finite(LogitsProcessor):
-    """:func:`check_logits` inside transformers' generate."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        check_logits(scores)
-        return scores
 
 
 def _choose(logits: torch.Tensor, tokens: list[int], warpers: LogitsProcessorList, *, greedy: bool) -> int:
