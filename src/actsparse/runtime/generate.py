@@ -1,6 +1,6 @@
 """Text in, text out: greedy or sampled continuation of one sequence, through the native decode step where there is one.
 
-Which path ran is part of every result.  The other path is transformers' own ``generate``.
+Which path ran is part of every result; the other path is transformers' own ``generate``.
 
 Shape letters: T tokens, V vocabulary.
 """
@@ -144,14 +144,13 @@ def generate(
 
     Raises:
         TextError: the prompt is empty, or no new tokens are asked for.
-        ModelError: the prompt fills the model's context.
+        ModelError: the prompt fills the model's context, or the logits hold NaN.
         ValueError: a sampling setting is out of range.
     """
     tokens = encode(tokenizer, prompt)
     if max_new_tokens < 1:
         raise TextError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    context = context_of(model)
-    if len(tokens) >= context:
+    if len(tokens) >= (context := context_of(model)):
         raise ModelError(f"{len(tokens)} tokens leave no room for an answer, expected fewer than {context}")
     session = Session(model, tokenizer, cache_length=min(len(tokens) + max_new_tokens, context))
     sampling = Sampling(temperature, top_p, top_k, seed)
