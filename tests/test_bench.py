@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from actsparse import kernels
 from actsparse.cli import doctor, main
 from actsparse.measure.bench import peer, run, shapes
-from actsparse.measure.evaluate import weights_read
+from actsparse.measure.reading import weights_read
 from actsparse.methods import make
 from actsparse.models.sites import ModelError
 from actsparse.runtime.swap import restore, sparsify, state_of

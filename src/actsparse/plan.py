@@ -26,6 +26,8 @@ whose names start with ``prompt.``, float32 or int32 [..., N].
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -45,6 +47,9 @@ MOST_LAYERS = 9999
 # The smallest threshold that skips exact zeros and nothing that matters: ReLU's exact sparsity.
 SKIP_ZEROS = float(torch.finfo(torch.float32).tiny)
 SCOPES = ("all", "decode", "last_half")
+_LONGEST_LINE = 300
+_MARK = ".actsparse-"
+_TEMPORARY = re.compile(r"\..*\.actsparse-[a-z0-9_]{8}", re.DOTALL)
 _THRESHOLD = re.compile(r"layers\.([0-9]{1,6})\.(q|k|v|o|gate|up|down|ffn)\.threshold")
 _LEVELS = re.compile(r"(?:layers\.([0-9]{1,6})\.(q|k|v|o|gate|up|down)|head)\.(level_threshold|center)")
 _PREDICTOR = re.compile(r"layers\.([0-9]{1,6})\.ffn\.predictor_(a|b|bias)")
@@ -179,13 +184,13 @@ class Plan:
                     raise PlanError(f"{path} is not an actsparse plan (no {FORMAT} metadata)")
                 if meta.get("format_version") != FORMAT_VERSION:
                     raise PlanError(
-                        f"plan {path} has format version {meta.get('format_version')!r}, expected {FORMAT_VERSION}"
+                        f"plan {path} has format version {_short(meta.get('format_version'))}, expected {FORMAT_VERSION}"
                     )
                 rules = {name: file.get_tensor(name) for name in names}
         except PlanError:
             raise
         except (SafetensorError, ValueError, RecursionError) as error:
-            raise PlanError(f"plan {path} is truncated or damaged: {error}") from None
+            raise PlanError(f"plan {path} is truncated or damaged: {one_line(error)}") from None
         try:
             plan = cls(
                 method=_typed(meta, "method", str),
@@ -201,7 +206,7 @@ class Plan:
             )
             plan.validate()
         except (TypeError, ValueError, OverflowError) as error:
-            raise PlanError(f"plan {path} is damaged: {error}") from None
+            raise PlanError(f"plan {path} is damaged: {one_line(error)}") from None
         return plan
 
     def validate(self) -> None:
@@ -209,7 +214,7 @@ class Plan:
         if not 0 <= self.sparsity < 1:
             raise PlanError(f"sparsity is {self.sparsity}, expected 0 <= sparsity < 1")
         if self.scope not in SCOPES:
-            raise PlanError(f"scope is {self.scope!r}, expected one of {', '.join(SCOPES)}")
+            raise PlanError(f"scope is {_short(self.scope)!r}, expected one of {', '.join(SCOPES)}")
         if self.prompt:
             self._validate_prompt()
         for name in ("layers", "hidden", "neurons", "heads", "kv_heads", "head_dim"):
@@ -219,10 +224,10 @@ class Plan:
                 raise PlanError(f"model.{name} is {_short(value)}, expected an integer from 1 to {most}")
         for name in ("family", "activation", "fingerprint"):
             if not isinstance(getattr(self.model, name), str):
-                raise PlanError(f"model.{name} is {getattr(self.model, name)!r}, expected text")
+                raise PlanError(f"model.{name} is {_short(getattr(self.model, name))}, expected text")
         for site, value in self.achieved.items():
             if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise PlanError(f"achieved sparsity of {site} is {value!r}, expected 0 to 1")
+                raise PlanError(f"achieved sparsity of {_short(site)} is {_short(value)}, expected 0 to 1")
         for name, tensor in self.rules.items():
             self._validate_rule(name, tensor)
         for layer in sorted({int(name.split(".")[1]) for name in self.rules if _PREDICTOR.fullmatch(name)}):
@@ -239,7 +244,9 @@ class Plan:
         self._check_prompt_scope(self.scope)
         span, counts = self.prompt.get("layers"), self.prompt.get("counts")
         if not _integers(span) or len(span) != 2 or not 0 <= span[0] <= span[1] < self.model.layers:
-            raise PlanError(f"prompt.layers is {span!r}, expected [first, last] within {self.model.layers} layers")
+            raise PlanError(
+                f"prompt.layers is {_short(span)}, expected [first, last] within {self.model.layers} layers"
+            )
         if not _integers(counts) or len(counts) != span[1] - span[0] + 1:
             raise PlanError(f"prompt.counts is {_short(counts)}, expected {span[1] - span[0] + 1} numbers of neurons")
         if not all(1 <= count <= self.model.neurons for count in counts):
@@ -312,6 +319,9 @@ class Plan:
 class atomic_path:
     """``with atomic_path(target) as temporary``: write ``temporary``; it becomes ``target`` only if the block succeeds.
 
+    The temporary file is locked (``flock``) as long as its process lives.  Those beside it that nobody has locked were left
+    by killed processes, and are removed.
+
     Raises PlanError naming the path when the directory is missing or not writable.
     """
 
@@ -320,23 +330,59 @@ class atomic_path:
 
     def __enter__(self) -> str:
         if self._target.is_dir():
-            raise PlanError(f"cannot write {self._target}: it is a directory, expected a file name")
+            raise PlanError(f"cannot write {_short_path(self._target)}: it is a directory, expected a file name")
+        directory = self._target.parent
         try:
-            handle, self._temporary = tempfile.mkstemp(prefix=f".{self._target.name}.", dir=self._target.parent or ".")
+            _remove_orphans(directory)
+            self._handle, self._temporary = _locked_file(directory, f".{self._target.name}{_MARK}")
         except OSError as error:
-            raise PlanError(f"cannot write {self._target}: {error.strerror}") from None
-        os.close(handle)
+            raise PlanError(f"cannot write {_short_path(self._target)}: {error.strerror}") from None
+        except ValueError as error:  # a name with a zero byte
+            raise PlanError(f"cannot write {_short_path(self._target)}: {error}") from None
         return self._temporary
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            # mkstemp makes the file private; a plan is as public as any file its user writes.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(self._temporary, 0o666 & ~mask)
-            os.replace(self._temporary, self._target)
-        else:
-            os.unlink(self._temporary)
+        try:
+            if kind is None:
+                # mkstemp makes the file private; a plan is as public as any file its user writes.
+                mask = os.umask(0)
+                os.umask(mask)
+                os.chmod(self._temporary, 0o666 & ~mask)
+                os.replace(self._temporary, self._target)
+            else:
+                os.unlink(self._temporary)
+        finally:
+            os.close(self._handle)
+
+
+def _locked_file(directory: Path, prefix: str) -> tuple[int, str]:
+    while True:
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=directory)
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody takes it for an orphan either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        # Between its making and its locking, another process may have taken it for an orphan.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(name), os.fstat(handle)):
+                return handle, name
+        os.close(handle)
+
+
+def _remove_orphans(directory: Path) -> None:
+    for path in directory.glob(f".*{_MARK}*"):
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):  # locked by its living process, gone already, or not ours to open
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _short_path(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 160 else f"{text[:60]}...{text[-60:]}"
 
 
 def _typed(meta: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
@@ -351,5 +397,18 @@ def _integers(value: object) -> TypeGuard[list[int]]:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; nested too deeply
+        return f"a {type(value).__name__} too long to show"
     return text[:16] + "..." if len(text) > 24 else text
+
+
+def one_line(message: object) -> str:
+    """``message`` as one printable line of at most 300 characters, its middle cut out where it is longer."""
+    text = str(message)
+    if len(text) > 4 * _LONGEST_LINE:
+        text = f"{text[: 2 * _LONGEST_LINE]} ... {text[-2 * _LONGEST_LINE :]}"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    # A message begins with what it is about and ends with what was expected.
+    return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE - 105]} ... {text[-100:]}"

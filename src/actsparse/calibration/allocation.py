@@ -125,7 +125,7 @@ class Allocation:
             document = json.loads(path.read_text(encoding="utf-8"))
             document["layers"] = [[Step(**step) for step in log] for log in document["layers"]]
             return cls(**document)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise PlanError(f"allocation log {path} cannot be read: {error}") from None
 
     def _shares(self, sparsity: float) -> list[float]:

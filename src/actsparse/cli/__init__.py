@@ -34,7 +34,9 @@ class _Parser(argparse.ArgumentParser):
     """Bad usage is one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"actsparse: {message}\n")
+        from actsparse.plan import one_line
+
+        self.exit(2, f"actsparse: {one_line(message)}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,8 +74,14 @@ def _run(options: argparse.Namespace) -> int:
     try:
         importlib.import_module(f"actsparse.cli.{options.verb}").run(options)
     except (ModelError, MethodError, PlanError, CalibrationError, TextError) as error:
-        print(f"actsparse: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    except (OSError, UnicodeError, OverflowError, RecursionError, MemoryError) as error:
+        # What no check foresaw: the machine's limits and the values beyond them.
+        return _refuse(f"{type(error).__name__}: {error}")
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        return _refuse("out of memory: expected a smaller model, window or number of tokens")
     except KeyboardInterrupt:
         print("actsparse: interrupted", file=sys.stderr)
         return 130
@@ -86,9 +94,18 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(message: object) -> int:
+    from actsparse.plan import one_line
+
+    print(f"actsparse: {one_line(message)}", file=sys.stderr)
+    return 2
+
+
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, *place: object, **more: object
 ) -> None:
     """Our own warnings are one line for the user; everybody else's keep quiet."""
     if category is UserWarning and "actsparse" in Path(filename).parts:
-        print(f"actsparse: warning: {message}", file=sys.stderr)
+        from actsparse.plan import one_line
+
+        print(f"actsparse: warning: {one_line(message)}", file=sys.stderr)

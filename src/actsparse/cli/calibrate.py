@@ -12,6 +12,7 @@ from actsparse.cli.terminal import (
     set_threads,
     sparsities,
     sparsity_list,
+    whole,
 )
 
 EVALUATION_TOKENS = 40960
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="FILE|DATASET", help="a text or .jsonl file, or a hub dataset (some need none)"
     )
-    parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens (default: 65536)")
+    parser.add_argument("--tokens", type=whole, default=65536, help="calibration tokens (default: 65536)")
     parser.add_argument(
         "--window", type=positive, help="tokens per window (default: the method's or the model's context)"
     )

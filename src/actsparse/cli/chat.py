@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from actsparse.cli.generate import add_sampling_arguments, show
@@ -27,9 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Talk until /quit or the end of the input."""
     from actsparse.models.sites import ModelError
+    from actsparse.models.text import check_text
     from actsparse.runtime import generate as engine
     from actsparse.runtime.swap import load
 
+    if options.system:
+        check_text(options.system, "--system")
     set_threads(options)
     model, tokenizer = load(options.model, options.plan, dtype=options.dtype)
     context = engine.context_of(model)
@@ -122,17 +126,27 @@ class _Plain:
         del self._tokens[self._before :]
 
 
-def _lines() -> Any:
+def _lines() -> Iterator[str]:
     """Lines of the user: with a prompt on a terminal, as they come in a pipe; Ctrl-C there ends the program."""
-    if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
-        return
+    from actsparse.models.text import TextError, check_text
+
+    read = _typed if sys.stdin.isatty() else sys.stdin.readline
     while True:
         try:
-            yield input("> ")
-        except EOFError:
-            print()
+            line = read()
+        except UnicodeDecodeError as error:
+            raise TextError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        if not line:
             return
+        yield check_text(line.rstrip("\n"), "standard input")
+
+
+def _typed() -> str:
+    try:
+        return input("> ") + "\n"
+    except EOFError:
+        print()
+        return ""
 
 
 def _note(text: str) -> None:

@@ -147,7 +147,7 @@ def _document(result: Generation) -> dict[str, Any]:
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    from actsparse.models.text import TextError
+    from actsparse.models.text import TextError, check_text
 
     try:
         if options.prompt_file is not None:
@@ -158,6 +158,7 @@ def _prompt(options: argparse.Namespace) -> str:
         raise TextError(f"prompt file {options.prompt_file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise TextError(f"prompt is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    check_text(text, "prompt")
     if not text.strip():
         raise TextError("prompt is empty, expected some text")
     return text

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from actsparse.cli.terminal import add_model_arguments, positive, print_json, print_table, progress_bar, set_threads
+from actsparse.cli.terminal import (
+    add_model_arguments,
+    positive,
+    print_json,
+    print_table,
+    progress_bar,
+    set_threads,
+    whole,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--plan", metavar="PLAN", help="the plan to measure; without one only the dense model is")
     parser.add_argument("--text", required=True, metavar="FILE|DATASET", help="a text or .jsonl file, or a hub dataset")
-    parser.add_argument("--tokens", type=int, default=40960, help="evaluation tokens (default: 40960)")
+    parser.add_argument("--tokens", type=whole, default=40960, help="evaluation tokens (default: 40960)")
     parser.add_argument("--window", type=positive, default=512, help="tokens per window (default: 512)")
     parser.add_argument("--scope", help="tokens to sparsify and score: all, decode or last_half (default: the plan's)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")

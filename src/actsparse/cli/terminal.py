@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+MOST_THREADS = 4096
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and how to load it."""
@@ -31,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_thread_argument(parser: argparse.ArgumentParser) -> None:
     """--threads, which is torch's own setting."""
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
 
 
 def set_threads(options: argparse.Namespace) -> None:
@@ -44,12 +46,34 @@ def set_threads(options: argparse.Namespace) -> None:
 
 def positive(value: str) -> int:
     """An argument type: an integer of at least 1."""
+    number = whole(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return number
+
+
+def whole(value: str) -> int:
+    """An argument type: an integer that a machine word of 32 bits holds."""
     try:
         number = int(value)
     except ValueError:
+        if value.strip().lstrip("+-").isdigit():  # so many digits that Python itself refuses
+            raise argparse.ArgumentTypeError(_too_large(value)) from None
         raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    if abs(number) >= 1 << 31:
+        raise argparse.ArgumentTypeError(_too_large(value))
+    return number
+
+
+def _too_large(value: str) -> str:
+    shown = value if len(value) <= 24 else f"{value[:16]}... ({len(value)} characters)"
+    return f"{shown} is out of range, expected less than 2^31"
+
+
+def _threads(value: str) -> int:
+    number = positive(value)
+    if number > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{value} is out of range, expected 1 to {MOST_THREADS}")
     return number
 
 

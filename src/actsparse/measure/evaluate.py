@@ -22,11 +22,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch.nn import functional as F
 
-from actsparse.models import caches, sites, text
+from actsparse.measure.reading import WeightsRead, weights_read
+from actsparse.models import caches, text
+from actsparse.models.sites import ModelError
 from actsparse.plan import Plan, PlanError
-from actsparse.runtime.graded import GradedLinear
-from actsparse.runtime.layers import Meter, SparseFFN
-from actsparse.runtime.packed import PackedLinear
+from actsparse.runtime.layers import Meter
 from actsparse.runtime.swap import attach_meter, restore, sparsify, state_of
 
 BATCH_TOKENS = 2048
@@ -34,6 +34,7 @@ BATCH_TOKENS = 2048
 HELD_BYTES = 1 << 30
 # Positions whose distributions are compared at once: a vocabulary may have 256k entries.
 COMPARED_POSITIONS = 64
+_LARGEST_LOSS = 700  # nats: beyond it the perplexity is no float64
 # Below this a short text may really skip nothing.
 LEAST_SKIPPED = 0.01
 
@@ -79,25 +80,6 @@ class Paired:
 
 # Makes a model ready and yields it: a model that takes turns with itself, dense and sparse, or simply another one.
 Ready = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class WeightsRead:
-    """What a decoded token reads.
-
-    Attributes:
-        bytes: of weights, the output head's included.
-        fraction: of the dense model's bytes.
-        ffn_fraction: of the bytes of its feed-forward blocks.
-        bits_read: bits per weight of the decoder layers' matrices, scales and predictors included.
-        bits_stored: the same of what is stored.
-    """
-
-    bytes: float
-    fraction: float
-    ffn_fraction: float
-    bits_read: float
-    bits_stored: float
 
 
 @dataclass(frozen=True)
@@ -319,7 +301,14 @@ def window_losses(
             losses.append(_batch_losses(model, tokens, scope))
             if progress:
                 progress(min(at + size, count) * length, windows.count)
-    return torch.cat(losses)
+    found = torch.cat(losses)
+    worst = float(found.max())
+    if not worst < _LARGEST_LOSS:
+        raise ModelError(
+            f"the loss of a window is {worst:g}, expected a finite number under {_LARGEST_LOSS}: "
+            "the model's weights hold NaN, infinity or absurd values"
+        )
+    return found
 
 
 def scored_from(scope: str, length: int) -> int:
@@ -337,60 +326,6 @@ def perplexity(losses: torch.Tensor) -> Perplexity:
     """Perplexity of per-window losses [W]."""
     ppl = math.exp(float(losses.mean()))
     return Perplexity(ppl, ppl * _stderr(losses))
-
-
-def weights_read(model: Any, meter: Meter | None = None) -> WeightsRead:
-    """Weight bytes per decoded token of ``model``: every projection at its metered fraction, and the output head.
-
-    The embedding counts for nothing (one row is read); a predictor counts in full.  A plan that is for evaluation only
-    counts as its ideal: gate and up are read for the neurons that down keeps.
-    """
-    state = state_of(model)
-    products = {
-        f"layers.{layer.index}.{name}": layer.product(name)
-        for layer in sites.layers_of(model)
-        for name, _ in layer.family.projections
-    }
-    counts = {site: _weights(module) for site, module in products.items()}
-    stored = {site: _stored_bytes(module) for site, module in products.items()}
-    head = model.get_output_embeddings()
-    kept = {site: 1 - value for site, value in meter.sparsity().items()} if meter else {}
-    if state and state.plan.evaluation_only:
-        # The ideal that such a plan stands for: what it keeps is known before gate and up are read.
-        for site in [site for site in kept if site.endswith(".down")]:
-            kept |= {f"{site.removesuffix('down')}{name}": kept[site] for name in sites.FFN_PROJECTIONS}
-    extra = 0
-    for module in state.modules if state else []:
-        if isinstance(module, SparseFFN):
-            rules = module.rules()
-            predictor = (rules.predictor_a, rules.predictor_b)
-            extra += sum(matrix.numel() * matrix.element_size() for matrix in predictor if matrix is not None)
-    ffn = [site for site in counts if site.rpartition(".")[2] in sites.FFN_PROJECTIONS]
-    read = {site: size * kept.get(site, 1.0) for site, size in stored.items()}
-    used = sum(read.values()) + extra
-    ffn_used = sum(read[site] for site in ffn) + extra
-    weights = sum(counts.values())
-    whole = used + _stored_bytes(head) * kept.get("head", 1.0)
-    width = model.dtype.itemsize
-    return WeightsRead(
-        bytes=whole,
-        fraction=whole / (width * (weights + _weights(head))),
-        ffn_fraction=ffn_used / (width * sum(counts[site] for site in ffn)),
-        bits_read=8 * used / weights,
-        bits_stored=8 * (sum(stored.values()) + extra) / weights,
-    )
-
-
-def _weights(product: Any) -> int:
-    if isinstance(product, GradedLinear | PackedLinear):
-        return product.in_features * product.out_features
-    return int(product.weight.numel())
-
-
-def _stored_bytes(product: Any) -> int:
-    if isinstance(product, GradedLinear | PackedLinear):
-        return product.packed.nbytes
-    return int(product.weight.numel() * product.weight.element_size())
 
 
 def _scored_logits(model: Any, tokens: torch.Tensor, scope: str) -> torch.Tensor:

@@ -74,6 +74,6 @@ def read(path: Path) -> dict[str, Any] | None:
     """A JSON document; None when there is none, or a damaged one (which is then made again)."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def open_model(name: str, dtype: str = "auto") -> Any:
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        ModelError: missing, unreadable, or of a family that is not supported.
+        ModelError: missing, unreadable, of a family that is not supported, or with tensors that are missing or of other
+            shapes than its config.json says (heads that are tied excepted).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -45,8 +46,12 @@ def open_model(name: str, dtype: str = "auto") -> Any:
     try:
         config = AutoConfig.from_pretrained(name)
         family_of(_Configured(config))
-        with _no_loading_bar():
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto"))
+        with _quiet():
+            # Mismatches are let through here to be named below, all of them and on one line.
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        check_complete(name, found["missing_keys"], [entry[0] for entry in found["mismatched_keys"]])
     except ModelError:
         raise
     except Exception as error:  # transformers, the hub client and safetensors raise many unrelated kinds
@@ -73,7 +78,7 @@ def open_gguf(file: str) -> tuple[Any, Any]:
 
     path = Path(file)
     try:
-        with _no_loading_bar():
+        with _quiet():
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers and gguf raise many unrelated kinds
@@ -100,16 +105,31 @@ def materialise_buffers(model: Any) -> None:
             model.set_submodule(name, type(module)(config=model.config))
 
 
+def check_complete(name: str, missing: Iterable[str], mismatched: Iterable[str]) -> None:
+    """ModelError when weights of the model ``name`` are not in its files, or not in the shapes of its config.json."""
+    for wrong, what in (
+        (sorted(missing), "lacks"),
+        (sorted(mismatched), "stores in another shape than config.json says"),
+    ):
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ModelError(
+                f"model {name} {what} {', '.join(wrong[:3])}{more}: expected every tensor of the configuration"
+            )
+
+
 @contextlib.contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Keep transformers' bar over tensors, which is gone in a blink, off the terminal."""
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bar over tensors and its table of what it did not find off the terminal."""
     from transformers.utils import logging
 
-    was_on = logging.is_progress_bar_enabled()
+    was_on, before = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(before)
         if was_on:
             logging.enable_progress_bar()
 

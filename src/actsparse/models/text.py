@@ -90,6 +90,16 @@ def read_documents(source: str) -> Iterator[Document]:
         yield from _read_hub(source)
 
 
+def check_text(text: str, what: str) -> str:
+    """``text`` itself; TextError naming ``what`` when it holds half a character, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise TextError(f"{what} is not Unicode text: lone surrogate {code} at character {error.start}") from None
+    return text
+
+
 def load_windows(
     source: str | Sequence[str],
     tokenizer: Any,
@@ -130,6 +140,7 @@ def load_windows(
     pending_domains: list[tuple[int, str]] = []
     end = tokenizer.eos_token_id
     for document in documents:
+        check_text(document.text, f"text {name}")
         # verbose=False: a document longer than the model's context is cut into windows below, so no need to warn.
         ids = tokenizer(document.text, verbose=False)["input_ids"]
         if packing == "documents":
@@ -198,9 +209,17 @@ def _document(path: Path, number: int, line: str) -> Document:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise TextError(f"{path} line {number} is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise TextError(f"{path} line {number} is nested too deeply, expected an object with a 'text' field") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise TextError(f"{path} line {number} cannot be read: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise TextError(f"{path} line {number} has no 'text' field, expected an object with one")
-    return Document(record["text"], str(record.get("domain", "")))
+    domain = record.get("domain", "")
+    if not isinstance(domain, str):
+        raise TextError(f"{path} line {number} has a 'domain' that is {type(domain).__name__}, expected text")
+    place = f"{path} line {number}"
+    return Document(check_text(record["text"], f"{place} 'text'"), check_text(domain, f"{place} 'domain'"))
 
 
 def _read_hub(source: str) -> Iterator[Document]:

@@ -263,6 +263,9 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
         rules = kernels.Rules(sites.activation_of(model), family.up_activation)
         block = [_matrix(layer.product(name)) for name in sites.FFN_PROJECTIONS]
     gate, up, down = block
+    matrices: dict[str, Any] = {
+        name: _matrix(linear, thresholds[f"{name}_threshold"]) for name, linear in attention.items()
+    }
     return kernels.layer_of(
         input_norm=_norm(layer.module.get_submodule(family.input_norm)),
         post_norm=_norm(layer.module.get_submodule(family.post_norm)),
@@ -271,19 +274,16 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
         v_cache=values,
         q_norm=_optional_norm(layer.module, family.q_norm),
         k_norm=_optional_norm(layer.module, family.k_norm),
-        q=_matrix(attention["q"]),
-        k=_matrix(attention["k"]),
-        v=_matrix(attention["v"]),
-        o=_matrix(attention["o"]),
+        **matrices,
         **thresholds,
     )
 
 
-def _matrix(linear: Any) -> kernels.Matrix:
+def _matrix(linear: Any, threshold: torch.Tensor | None = None) -> kernels.Matrix:
     if isinstance(linear, _PACKED):
         return linear.matrix()
     # Detached, because re-laying a weight gives the parameter new storage: an alias keeps the one pointed at alive.
-    return kernels.matrix_of(linear.weight.detach(), linear.bias)
+    return kernels.matrix_of(linear.weight.detach(), linear.bias, prefer=kernels.cpu.skipped_by(threshold))
 
 
 def _norm(module: Any) -> kernels.Norm:

@@ -1,6 +1,6 @@
 """Text in, text out: greedy or sampled continuation of one sequence, through the native decode step where there is one.
 
-Which path ran is part of every result.  The other path is transformers' own ``generate``.
+Which path ran is part of every result; the other path is transformers' own ``generate``.
 
 Shape letters: T tokens, V vocabulary.
 """
@@ -26,8 +26,9 @@ from transformers import (
 from actsparse import kernels
 from actsparse.models import caches
 from actsparse.models.sites import ModelError
-from actsparse.models.text import TextError
+from actsparse.models.text import TextError, check_text
 from actsparse.runtime.decode import Decoder
+from actsparse.runtime.finite import Finite, check_logits
 from actsparse.runtime.prompts import read
 from actsparse.runtime.swap import prompts_of, state_of
 
@@ -143,14 +144,13 @@ def generate(
 
     Raises:
         TextError: the prompt is empty, or no new tokens are asked for.
-        ModelError: the prompt fills the model's context.
+        ModelError: the prompt fills the model's context, or the logits hold NaN.
         ValueError: a sampling setting is out of range.
     """
     tokens = encode(tokenizer, prompt)
     if max_new_tokens < 1:
         raise TextError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    context = context_of(model)
-    if len(tokens) >= context:
+    if len(tokens) >= (context := context_of(model)):
         raise ModelError(f"{len(tokens)} tokens leave no room for an answer, expected fewer than {context}")
     session = Session(model, tokenizer, cache_length=min(len(tokens) + max_new_tokens, context))
     sampling = Sampling(temperature, top_p, top_k, seed)
@@ -159,7 +159,7 @@ def generate(
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
     """The prompt's tokens; TextError when there are none."""
-    tokens = tokenizer(prompt, verbose=False)["input_ids"]
+    tokens = tokenizer(check_text(prompt, "prompt"), verbose=False)["input_ids"]
     if not tokens:
         raise TextError("prompt is empty, expected some text")
     return list(tokens)
@@ -346,10 +346,11 @@ class _Transformers:
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=settings,
+                    logits_processor=LogitsProcessorList([Finite()]),
                     streamer=clock,
                     **caches.cache_argument(self._model.forward, self._cache),
                 )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ModelError):
             # Some layers may have taken in a token that others have not: start over next time.
             self._cache, self.tokens = DynamicCache(config=self._model.config), []
             raise
@@ -422,6 +423,7 @@ class _seeded:
 
 
 def _choose(logits: torch.Tensor, tokens: list[int], warpers: LogitsProcessorList, *, greedy: bool) -> int:
+    check_logits(logits)
     if greedy:
         return int(logits.argmax())
     scores = warpers(torch.tensor([tokens]), logits[None])

@@ -267,8 +267,9 @@ def expand(threshold: torch.Tensor, features: int, device: torch.device) -> torc
 
 
 def is_columns(weight: torch.Tensor) -> bool:
-    """Whether W [O, I] lies with its columns contiguous, as column skipping needs it."""
-    return weight.stride(0) == 1 and weight.stride(1) >= weight.shape[0] and weight.shape[1] > 1
+    """Whether W [O, I] lies with its columns contiguous, as column skipping needs it; strides of one element mean nothing."""
+    (out, inn), (row, column) = weight.shape, weight.stride()
+    return (row == 1 or out == 1) and (column >= out or inn == 1)
 
 
 def lay_columns(linear: nn.Linear) -> None:

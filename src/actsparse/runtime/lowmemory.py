@@ -21,6 +21,7 @@ import torch
 
 from actsparse.models import opening, sites
 from actsparse.models.sites import ModelError
+from actsparse.plan import one_line
 
 _ATTRIBUTE = "actsparse_mapped"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -58,10 +59,10 @@ class MappedWeights:
         return release
 
     def _map(self, file: Path) -> None:
-        with file.open("rb") as opened:
-            # Copy-on-write, because torch wants memory that it could write to; nothing does.
-            mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         try:
+            with file.open("rb") as opened:
+                # Copy-on-write, because torch wants memory that it could write to; nothing does.
+                mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             header_size = int.from_bytes(mapping[:8], "little")
             header = json.loads(mapping[8 : 8 + header_size])
             header.pop("__metadata__", None)
@@ -74,7 +75,7 @@ class MappedWeights:
                 tensor = torch.frombuffer(mapping, dtype=dtype, count=count, offset=begin).view(entry["shape"])
                 self.tensors[name] = tensor
                 self._places[tensor.data_ptr()] = (mapping, begin, end - begin)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(f"{file} is not a sound safetensors file: {error}") from None
@@ -100,11 +101,16 @@ def open_mapped(directory: str, *, everything: bool = False) -> Any:
     if not (Path(directory) / "config.json").is_file():
         raise ModelError(f"model {directory} is no directory with a config.json: the low-memory mode needs the files")
     mapped = MappedWeights(directory)
-    config = AutoConfig.from_pretrained(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # transformers raises many unrelated kinds
+        raise ModelError(f"model {directory} has no sound config.json: {one_line(error)}") from None
     if config.model_type not in sites.FAMILIES:
         known = ", ".join(sorted(sites.FAMILIES))
         raise ModelError(f"model family {config.model_type!r} is not supported: expected one of {known}")
     dtypes = {tensor.dtype for tensor in mapped.tensors.values()}
+    if not dtypes:
+        raise ModelError(f"model {directory} stores no tensors, expected those of its config.json")
     if len(dtypes) > 1:
         raise ModelError(f"{directory} stores {len(dtypes)} types of weights, the low-memory mode expects one")
     with torch.device("meta"):
@@ -118,12 +124,16 @@ def open_mapped(directory: str, *, everything: bool = False) -> Any:
         else:
             state[name] = tensor.clone()
             mapped.releaser([tensor])()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    opening.check_complete(
+        directory, [], [name for name in state if name in shapes and state[name].shape != shapes[name]]
+    )
     unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty or unexpected:
-        wrong = f"lacks {empty[0]}" if empty else f"holds {unexpected[0]}, which the model does not know"
-        raise ModelError(f"checkpoint {directory} {wrong}")
+    opening.check_complete(directory, empty, [])
+    if unexpected:
+        raise ModelError(f"model {directory} holds {unexpected[0]}, expected only tensors of its config.json")
     opening.materialise_buffers(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

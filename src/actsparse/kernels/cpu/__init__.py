@@ -24,6 +24,7 @@ from .structures import (
     ffn_of,
     layout_of,
     matrix_of,
+    skipped_by,
 )
 
 __all__ = [
@@ -31,5 +32,5 @@ __all__ = [
     "Stats", "activation_code", "available_isas", "channel_statistics", "core_statistics", "decode_step", "decoder_of",
     "ffn_of", "gated_ffn", "graded_linear", "isa", "layer_of", "layout_of", "library", "linear", "linear_rows",
     "matrix_of", "missing", "norm_of", "packed_obstacle", "packed_of", "read_bandwidth", "reset_stats", "select_isa",
-    "stats", "threads_note", "time_calls", "unpack_columns", "use_huge_pages",
+    "skipped_by", "stats", "threads_note", "time_calls", "unpack_columns", "use_huge_pages",
 ]  # fmt: skip

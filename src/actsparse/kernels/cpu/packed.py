@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 import torch
@@ -40,7 +41,7 @@ def packed_obstacle(packed: Packed) -> str:
     if not all(tensor.is_cpu for tensor in tensors):
         return f"the packed matrix is on {packed.scale.device}"
     begins = [plane.data_ptr() for plane in packed.planes]
-    apart = {after - before for before, after in zip(begins, begins[1:], strict=False)}
+    apart = {after - before for before, after in itertools.pairwise(begins)}
     rows = {plane.stride(0) for plane in packed.planes} if packed.inputs > 1 else {begins[1] - begins[0]}
     if len(apart) != 1 or len(rows) != 1 or min(apart) <= 0 or not packed.scale.is_contiguous():
         return "the planes of the packed matrix do not lie evenly"

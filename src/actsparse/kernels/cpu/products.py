@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .loading import check, library, stats_reference
-from .structures import DTYPES, FFN, Call, matrix_of, pointer_to, vector_of
+from .structures import DTYPES, FFN, Call, matrix_of, pointer_to, skipped_by, vector_of
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | None) -> Tensor:
@@ -17,7 +17,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | N
     if x.shape[-1] != inn:
         raise ValueError(f"x has {x.shape[-1]} features, weight {tuple(weight.shape)} takes {inn}")
     x = x.contiguous()
-    matrix = matrix_of(weight, bias)
+    matrix = matrix_of(weight, bias, prefer=skipped_by(threshold))
     threshold = vector_of(threshold, inn, "threshold")
     y = torch.empty((*x.shape[:-1], out), dtype=x.dtype, device="cpu")
     code = library().as_linear(

@@ -153,20 +153,28 @@ class Call(Structure):
     ]
 
 
-def layout_of(weight: Tensor) -> tuple[int, int] | None:
-    """(layout, stride) of a logical [O, I] weight, None when neither its rows nor its columns lie contiguous."""
+def layout_of(weight: Tensor, prefer: int = ROWS) -> tuple[int, int] | None:
+    """(layout, stride) of a logical [O, I] weight, None when neither its rows nor its columns lie contiguous.
+
+    A contiguous vector (O or I is 1) lies in both layouts: ``prefer`` is the one whose parts the caller skips.
+    """
     row, column = weight.stride()
     out, inn = weight.shape
-    if column == 1 and row >= inn:
-        return ROWS, row
-    if row == 1 and column >= out:
-        return COLUMNS, column
     # Strides along a dimension of one element mean nothing.
-    if out == 1 and column == 1:
-        return ROWS, inn
-    if inn == 1 and row == 1:
-        return COLUMNS, out
-    return None
+    found = {}
+    if (column == 1 or inn == 1) and (row >= inn or out == 1):
+        found[ROWS] = row if out > 1 else inn
+    if (row == 1 or out == 1) and (column >= out or inn == 1):
+        found[COLUMNS] = column if inn > 1 else out
+    if not found:
+        return None
+    layout = prefer if prefer in found else next(iter(found))
+    return layout, found[layout]
+
+
+def skipped_by(threshold: Tensor | None) -> int:
+    """The layout to prefer for a product: an input threshold skips columns, everything else rows."""
+    return ROWS if threshold is None else COLUMNS
 
 
 def vector_of(values: Tensor | None, size: int, name: str) -> Tensor | None:
@@ -183,8 +191,10 @@ def pointer_to(values: Tensor | None) -> int | None:
     return None if values is None else values.data_ptr()
 
 
-def matrix_of(weight: Tensor | None, bias: Tensor | None = None, name: str = "weight") -> Matrix:
+def matrix_of(weight: Tensor | None, bias: Tensor | None = None, name: str = "weight", prefer: int = ROWS) -> Matrix:
     """The structure for a logical [O, I] weight and a bias [O]; an absent one for None.
+
+    ``prefer`` settles the layout of a weight that lies in both (see :func:`layout_of`).
 
     Raises ValueError for a type other than float32, bfloat16 and float16, another device, or strides that are neither
     row-contiguous nor a transposed view of contiguous storage.
@@ -193,7 +203,7 @@ def matrix_of(weight: Tensor | None, bias: Tensor | None = None, name: str = "we
         return Matrix()
     if weight.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected two dimensions")
-    layout = layout_of(weight)
+    layout = layout_of(weight, prefer)
     dtype = DTYPES.get(weight.dtype)
     if layout is None or dtype is None or not weight.is_cpu:
         raise ValueError(
@@ -226,11 +236,13 @@ def ffn_of(gate: Tensor | Matrix | None, up: Tensor | Matrix, down: Tensor | Mat
     b = matrix_of(rules.predictor_b, rules.predictor_bias, "predictor_b")
     # A structure made beforehand (of packed weights) brings its own bias.
     g, u, d = (
-        weight if isinstance(weight, Matrix) else matrix_of(weight, bias, name)
-        for weight, bias, name in (
-            (gate, rules.gate_bias, "gate"), (up, rules.up_bias, "up"), (down, rules.down_bias, "down"),
+        weight if isinstance(weight, Matrix) else matrix_of(weight, bias, name, prefer)
+        for weight, bias, name, prefer in (
+            (gate, rules.gate_bias, "gate", skipped_by(rules.gate_in_threshold)),
+            (up, rules.up_bias, "up", skipped_by(rules.up_in_threshold)),
+            (down, rules.down_bias, "down", COLUMNS),
         )
-    )  # fmt: skip
+    )
     ffn = FFN(
         g, u, d,
         activation_code(rules.activation), activation_code(rules.up_activation),

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from actsparse import kernels
 from actsparse.calibration.collect import Calibration, Progress, check_sparsity
 from actsparse.measure.bench import peer
-from actsparse.measure.evaluate import weights_read
+from actsparse.measure.reading import weights_read
 from actsparse.methods import Method
 from actsparse.methods.base import Targets
 from actsparse.models import sites
