@@ -173,7 +173,8 @@ def test_without_rules_every_plane_is_read(isa: str) -> None:
     assert kernels.stats()["packed_planes"] == 3 * 200
     assert kernels.stats()["bytes"] == 200 * sum(case.packed.level_bytes)
     assert kernels.stats()["packed_weights"] == 300 * 200
-    torch.testing.assert_close(found, planes.linear(case.x, case.packed), rtol=0.02, atol=0.02)
+    expected = planes.linear(case.x, case.packed)
+    assert (found - expected).square().mean() < 0.015**2 * expected.square().mean()
 
 
 def test_bytes_are_those_of_the_union(threads: int) -> None:

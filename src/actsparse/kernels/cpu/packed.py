@@ -96,6 +96,8 @@ def graded_linear(x: Tensor, matrix: Matrix) -> Tensor:
 def unpack_columns(matrix: Matrix, begin: int, end: int, planes: int, dtype: torch.dtype) -> Tensor:
     """Columns ``begin`` to ``end`` of a structure of :func:`packed_of`, of so many planes, [end - begin, O]."""
     out = torch.empty(end - begin, matrix.out, dtype=dtype)
+    if begin == end:
+        return out
     code = library().as_unpack(ctypes.byref(matrix), begin, end, planes, out.data_ptr(), DTYPES[dtype])
     check(code, "unpack_columns")
     return out

@@ -26,6 +26,10 @@ struct Lanes {
   static I mask(int byte) { return _mm256_set1_epi8(char(byte)); }
   static I both(I a, I b) { return _mm256_and_si256(a, b); }
   static I right2(I a) { return _mm256_srli_epi16(a, 2); }
+  static void coefficients(const uint8_t* const* mantissa, const int32_t* multiplier, const int32_t* centre, int64_t groups,
+                           int32_t* out, int32_t* centres) {
+    coefficients_of(mantissa, multiplier, 0, false, centre, groups, out, centres);
+  }
   static I dot(I sum, I codes, I coefficients) {
     const I pairs = _mm256_maddubs_epi16(codes, coefficients);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

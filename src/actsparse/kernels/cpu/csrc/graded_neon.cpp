@@ -26,6 +26,10 @@ struct Lanes {
   static I mask(int byte) { return vdupq_n_u8(uint8_t(byte)); }
   static I both(I a, I b) { return vandq_u8(a, b); }
   static I right2(I a) { return vshrq_n_u8(a, 2); }
+  static void coefficients(const uint8_t* const* mantissa, const int32_t* multiplier, const int32_t* centre, int64_t groups,
+                           int32_t* out, int32_t* centres) {
+    coefficients_of(mantissa, multiplier, 0, false, centre, groups, out, centres);
+  }
   static I dot(I sum, I codes, I coefficients) {
     const int8x16_t a = vreinterpretq_s8_u8(codes), b = vreinterpretq_s8_u8(coefficients);  // codes stay under 64
 #if defined(__ARM_FEATURE_DOTPROD)
