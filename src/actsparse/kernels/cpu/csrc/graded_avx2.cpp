@@ -38,10 +38,7 @@ struct Lanes {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi32(p[0])), _mm_set1_epi32(p[1]), 1);
   }
   static I left2(I a) { return _mm256_slli_epi32(a, 2); }
-  template <int N>
-  static I left(I a) {
-    return _mm256_slli_epi32(a, N);
-  }
+  static I left(I a, int bits) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   template <int N>
   static I right(I a) {
     return _mm256_srai_epi32(a, N);

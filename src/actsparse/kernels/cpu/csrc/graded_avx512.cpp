@@ -52,10 +52,7 @@ struct Lanes {
     return _mm512_permutexvar_epi32(to, _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
   static I left2(I a) { return _mm512_slli_epi32(a, 2); }
-  template <int N>
-  static I left(I a) {
-    return _mm512_slli_epi32(a, N);
-  }
+  static I left(I a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   template <int N>
   static I right(I a) {
     return _mm512_srai_epi32(a, N);

@@ -41,10 +41,7 @@ struct Lanes {
   }
   static I spread(const int32_t* p, int) { return bytes(vdupq_n_s32(p[0])); }
   static I left2(I a) { return bytes(vshlq_n_s32(wide(a), 2)); }
-  template <int N>
-  static I left(I a) {
-    return bytes(vshlq_n_s32(wide(a), N));
-  }
+  static I left(I a, int bits) { return bytes(vshlq_s32(wide(a), vdupq_n_s32(bits))); }
   template <int N>
   static I right(I a) {
     return bytes(vshrq_n_s32(wide(a), N));
