@@ -74,7 +74,8 @@ class Decoder:
         attention: Any = layers[0].attention
         cosine, sine = rope_tables(decoder.rotary_emb, cache_length)
         self._vocabulary = head.out_features
-        kernels.use_huge_pages(*model.parameters())
+        packed = (module.packed for module in model.modules() if isinstance(module, _PACKED))
+        kernels.use_huge_pages(*model.parameters(), *(storage for each in packed for storage in each.storages))
         self.native = kernels.decoder_of(
             [_layer(layer, model, self._keys[i], self._values[i]) for i, layer in enumerate(layers)],
             heads=heads,

@@ -28,7 +28,7 @@ from .structures import (
 __all__ = [
     "ACTIVATIONS", "DTYPES", "FFN", "MAX_BATCH", "ROWS", "Call", "Decoder", "Layer", "Matrix", "Norm", "ReadTest",
     "activation_code", "available_isas", "channel_statistics", "core_statistics", "decode_step", "decoder_of", "ffn_of",
-    "gated_ffn", "graded_linear", "isa", "layer_of", "layout_of", "library", "linear", "linear_rows", "matrix_of", "missing", "norm_of", "packed_obstacle", "packed_of",
-    "read_bandwidth", "reset_stats", "select_isa", "stats", "threads_note", "time_calls", "unpack_columns",
-    "use_huge_pages",
+    "gated_ffn", "graded_linear", "isa", "layer_of", "layout_of", "library", "linear", "linear_rows", "matrix_of",
+    "missing", "norm_of", "packed_obstacle", "packed_of", "read_bandwidth", "reset_stats", "select_isa", "stats",
+    "threads_note", "time_calls", "unpack_columns", "use_huge_pages",
 ]  # fmt: skip

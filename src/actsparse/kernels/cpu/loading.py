@@ -125,9 +125,9 @@ def select_isa(name: str) -> None:
 def stats() -> dict[str, int]:
     """Work done by native calls since :func:`reset_stats`.
 
-    Stored rows or columns read per matrix, bytes of weights, planes of packed columns and the weights of the packed matrices
-    multiplied (so that 8 bytes / packed_weights are the bits read of each, where only packed ones were), and nanoseconds inside the parallel regions that multiply (with
-    waking and joining threads): what a call takes beyond them is overhead.
+    Stored rows or columns read per matrix, bytes of weights, planes of packed columns, the weights of the packed matrices
+    multiplied (8 bytes / packed_weights are the bits read of each, where only packed ones were), and nanoseconds inside the
+    parallel regions that multiply (with waking and joining threads): what a call takes beyond them is overhead.
     """
     return {field[0]: int(getattr(_stats, field[0])) for field in Stats._fields_}
 
