@@ -122,6 +122,7 @@ def test_stats_count_what_is_read(isa: str) -> None:
     assert found.pop("product_ns") > 0
     assert found == {
         "gate_rows": neurons, "up_rows": kept, "down_rows": kept, "bytes": (neurons + 2 * kept) * hidden * 2,
+        "packed_planes": 0, "packed_weights": 0,
     }  # fmt: skip
     kernels.reset_stats()
     kernels.linear(torch.ones(1, neurons), torch.ones(neurons, hidden).T, None, threshold)

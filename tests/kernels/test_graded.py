@@ -65,7 +65,7 @@ def unit_of(magnitudes: np.ndarray, kept: int) -> np.float32:
         for half in (8, 4, 2, 1):
             lanes[:half] += lanes[half : 2 * half]
         total = total + lanes[0]
-    mean = total / f32(kept) * (f32(4) / f32(127)) if kept else f32(0)
+    mean = total / f32(kept) * (f32(3) / f32(127)) if kept else f32(0)
     return max(mean, magnitudes.max() / f32(16000), f32(1e-30))
 
 
@@ -140,7 +140,7 @@ def bound(case: Case, x: torch.Tensor) -> torch.Tensor:
     steps = torch.cat((torch.zeros(1), case.packed.gain)).double()[read] * case.packed.scale.double()
     a = (v * steps).abs()
     kept = (read > 0).sum(-1, keepdim=True).clamp_min(1)
-    unit = torch.maximum(a.sum(-1, keepdim=True) / kept * 4 / 127, a.amax(-1, keepdim=True) / 16000)
+    unit = torch.maximum(a.sum(-1, keepdim=True) / kept * 3 / 127, a.amax(-1, keepdim=True) / 16000)
     per_column = unit * (0.5 + 2**-8) + 4e-7 * a
     return (per_column * (read > 0)).sum(-1, keepdim=True) + 1e-6 * (a.sum(-1, keepdim=True) + 1)
 
@@ -173,7 +173,8 @@ def test_without_rules_every_plane_is_read(isa: str) -> None:
     assert kernels.stats()["packed_planes"] == 3 * 200
     assert kernels.stats()["bytes"] == 200 * sum(case.packed.level_bytes)
     assert kernels.stats()["packed_weights"] == 300 * 200
-    torch.testing.assert_close(found, planes.linear(case.x, case.packed), rtol=0.02, atol=0.02)
+    expected = planes.linear(case.x, case.packed)
+    assert (found - expected).square().mean() < 0.015**2 * expected.square().mean()
 
 
 def test_bytes_are_those_of_the_union(threads: int) -> None:

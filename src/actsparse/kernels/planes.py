@@ -76,6 +76,13 @@ class Packed:
         tensors = (self.mantissa, *self.planes, self.scale, self.gain)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @property
+    def storages(self) -> tuple[Tensor, ...]:
+        """What the mantissas and planes lie in, uint8 [1, bytes] each."""
+        found = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in (self.mantissa, *self.planes)}
+        device = self.mantissa.device
+        return tuple(torch.empty(0, dtype=torch.uint8, device=device).set_(each).view(1, -1) for each in found.values())
+
     def check(self) -> None:
         """ValueError, naming what does not fit, unless shapes, types and values are those of the format."""
         inputs, groups, planes = self.inputs, self.groups, len(self.planes)
@@ -114,29 +121,36 @@ def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: i
     padded[:, :outputs] = codes.T
     # [I, G, k, j]: output 16 k + j of each group.
     fields = padded.view(inputs, groups, 4, _BYTES)
-    head, room = -(-groups // _LINE) * _LINE, -(-_BYTES * groups // _LINE) * _LINE
-    record = _records(inputs, head + stored // 2 * room, codes.device)
-    record[:, :groups] = mantissa.T
-    planes = []
-    for p in range(stored // 2):
+    kept, planes = _rooms(inputs, groups, stored // 2, codes.device)
+    kept.copy_(mantissa.T)
+    for p, plane in enumerate(planes):
         bits = (fields >> (stored - 2 - 2 * p)) & 3
-        begin = head + p * room
-        plane = record[:, begin : begin + _BYTES * groups]
         plane.view(inputs, groups, _BYTES).copy_(
             bits[:, :, 0] | (bits[:, :, 1] << 2) | (bits[:, :, 2] << 4) | (bits[:, :, 3] << 6)
         )
-        planes.append(plane)
-    packed = Packed(outputs, record[:, :groups], tuple(planes), scale.to(torch.bfloat16), gain.float())
+    packed = Packed(outputs, kept, planes, scale.to(torch.bfloat16), gain.float())
     packed.check()
     return packed
 
 
-def _records(count: int, size: int, device: torch.device) -> Tensor:
-    """Zeros [count, size], the rows an odd number of lines apart, the first at a line's begin."""
-    stride = (size // _LINE | 1) * _LINE
-    storage = torch.zeros(count * stride + _LINE, dtype=torch.uint8, device=device)
+def relaid(packed: Packed) -> Packed:
+    """The same matrix in records as :func:`pack` lays them, whatever its storage was (a file's has no room between them)."""
+    mantissa, planes = _rooms(packed.inputs, packed.groups, len(packed.planes), packed.mantissa.device)
+    mantissa.copy_(packed.mantissa)
+    for to, plane in zip(planes, packed.planes, strict=True):
+        to.copy_(plane)
+    return Packed(packed.out, mantissa, planes, packed.scale, packed.gain)
+
+
+def _rooms(inputs: int, groups: int, levels: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Zeros for the mantissas [I, G] and planes [I, 16 G] of columns that are a record each."""
+    head, room = -(-groups // _LINE) * _LINE, -(-_BYTES * groups // _LINE) * _LINE
+    stride = ((head + levels * room) // _LINE | 1) * _LINE
+    storage = torch.zeros(inputs * stride + _LINE, dtype=torch.uint8, device=device)
     skip = -storage.data_ptr() % _LINE
-    return storage[skip : skip + count * stride].view(count, stride)
+    record = storage[skip : skip + inputs * stride].view(inputs, stride)
+    begins = range(head, head + levels * room, room)
+    return record[:, :groups], tuple(record[:, begin : begin + _BYTES * groups] for begin in begins)
 
 
 def codes_of(packed: Packed, level: int | None = None) -> Tensor:

@@ -75,7 +75,8 @@ class Decoder:
         attention: Any = layers[0].attention
         cosine, sine = rope_tables(decoder.rotary_emb, cache_length)
         self._vocabulary = head.out_features
-        kernels.use_huge_pages(*model.parameters())
+        packed = (module.packed for module in model.modules() if isinstance(module, _PACKED))
+        kernels.use_huge_pages(*model.parameters(), *(storage for each in packed for storage in each.storages))
         # Its own counters: two that decode at once in one process must not count each other's reads.
         self._stats = kernels.cpu.Stats()
         self._stats_reference = ctypes.byref(self._stats)

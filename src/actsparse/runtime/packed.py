@@ -79,7 +79,7 @@ def packed_from(codes: torch.Tensor, scale: torch.Tensor, gain: torch.Tensor, ou
     planes = codes[:, groups:].unflatten(1, (levels, groups * GROUP // 4)).unbind(1)
     packed = Packed(out, codes[:, :groups], tuple(planes), scale, gain)
     packed.check()
-    return packed
+    return kernels.planes.relaid(packed)
 
 
 def open_packed(name: str) -> tuple[Any, Plan]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,9 +41,10 @@ def packed_obstacle(packed: Packed) -> str:
     if not all(tensor.is_cpu for tensor in tensors):
         return f"the packed matrix is on {packed.scale.device}"
     begins = [plane.data_ptr() for plane in packed.planes]
-    apart = {after - before for before, after in itertools.pairwise(begins)}
+    apart = {after - before for before, after in pairwise(begins)}
     rows = {plane.stride(0) for plane in packed.planes} if packed.inputs > 1 else {begins[1] - begins[0]}
-    if len(apart) != 1 or len(rows) != 1 or min(apart) <= 0 or not packed.scale.is_contiguous():
+    whole = all(part.stride(1) == 1 for part in (packed.mantissa, *packed.planes) if part.shape[1] > 1)
+    if not whole or len(apart) != 1 or len(rows) != 1 or min(apart) <= 0 or not packed.scale.is_contiguous():
         return "the planes of the packed matrix do not lie evenly"
     return ""
 
@@ -97,6 +98,8 @@ def graded_linear(x: Tensor, matrix: Matrix) -> Tensor:
 def unpack_columns(matrix: Matrix, begin: int, end: int, planes: int, dtype: torch.dtype) -> Tensor:
     """Columns ``begin`` to ``end`` of a structure of :func:`packed_of`, of so many planes, [end - begin, O]."""
     out = torch.empty(end - begin, matrix.out, dtype=dtype)
+    if begin == end:
+        return out
     code = library().as_unpack(ctypes.byref(matrix), begin, end, planes, out.data_ptr(), DTYPES[dtype])
     check(code, "unpack_columns")
     return out

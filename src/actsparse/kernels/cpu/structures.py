@@ -55,8 +55,9 @@ class Stats(Structure):
     def counts(self) -> dict[str, int]:
         """The counters by name.
 
-        Stored rows or columns read per matrix, bytes of weights, and nanoseconds inside the parallel regions that multiply
-        (with waking and joining threads): what a call takes beyond them is overhead.
+        Stored rows or columns read per matrix, bytes of weights, planes of packed columns, the weights of the packed matrices
+        multiplied (8 bytes / packed_weights are the bits read of each, where only packed ones were), and nanoseconds inside
+        the parallel regions that multiply (with waking and joining threads): what a call takes beyond them is overhead.
         """
         return {field[0]: int(getattr(self, field[0])) for field in self._fields_}
 

@@ -26,6 +26,10 @@ struct Lanes {
   static I mask(int byte) { return _mm256_set1_epi8(char(byte)); }
   static I both(I a, I b) { return _mm256_and_si256(a, b); }
   static I right2(I a) { return _mm256_srli_epi16(a, 2); }
+  static void coefficients(const uint8_t* const* mantissa, const int32_t* multiplier, const int32_t* centre, int64_t groups,
+                           int32_t* out, int32_t* centres) {
+    coefficients_of(mantissa, multiplier, 0, false, centre, groups, out, centres);
+  }
   static I dot(I sum, I codes, I coefficients) {
     const I pairs = _mm256_maddubs_epi16(codes, coefficients);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -34,10 +38,7 @@ struct Lanes {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi32(p[0])), _mm_set1_epi32(p[1]), 1);
   }
   static I left2(I a) { return _mm256_slli_epi32(a, 2); }
-  template <int N>
-  static I left(I a) {
-    return _mm256_slli_epi32(a, N);
-  }
+  static I left(I a, int bits) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   template <int N>
   static I right(I a) {
     return _mm256_srai_epi32(a, N);

@@ -25,16 +25,34 @@ struct Lanes {
   static I mask(int byte) { return _mm512_set1_epi8(char(byte)); }
   static I both(I a, I b) { return _mm512_and_si512(a, b); }
   static I right2(I a) { return _mm512_srli_epi16(a, 2); }
+  static __m128i sixteen(const uint8_t* mantissa, __mmask16 here, int32_t multiplier) {
+    const __m256i m = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(here, mantissa));
+    return _mm256_cvtepi16_epi8(_mm256_mulhrs_epi16(m, _mm256_set1_epi16(int16_t(multiplier))));
+  }
+  static void coefficients(const uint8_t* const* mantissa, const int32_t* multiplier, const int32_t* centre, int64_t groups,
+                           int32_t* out, int32_t* centres) {
+    const I weights = _mm512_set1_epi32(centre[0] | centre[1] << 8 | centre[2] << 16 | int32_t(uint32_t(centre[3]) << 24));
+    for (int64_t g = 0; g < groups; g += 16) {
+      const __mmask16 here = groups - g >= 16 ? __mmask16(0xffff) : __mmask16((1u << (groups - g)) - 1u);
+      const __m128i a = sixteen(mantissa[0] + g, here, multiplier[0]), b = sixteen(mantissa[1] + g, here, multiplier[1]);
+      const __m128i c = sixteen(mantissa[2] + g, here, multiplier[2]), d = sixteen(mantissa[3] + g, here, multiplier[3]);
+      const __m128i ab0 = _mm_unpacklo_epi8(a, b), ab1 = _mm_unpackhi_epi8(a, b);
+      const __m128i cd0 = _mm_unpacklo_epi8(c, d), cd1 = _mm_unpackhi_epi8(c, d);
+      const __m256i low = _mm256_setr_m128i(_mm_unpacklo_epi16(ab0, cd0), _mm_unpackhi_epi16(ab0, cd0));
+      const __m256i high = _mm256_setr_m128i(_mm_unpacklo_epi16(ab1, cd1), _mm_unpackhi_epi16(ab1, cd1));
+      const I words = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+      _mm512_mask_storeu_epi32(out + g, here, words);
+      const I before = _mm512_maskz_loadu_epi32(here, centres + g);
+      _mm512_mask_storeu_epi32(centres + g, here, _mm512_dpbusd_epi32(before, weights, words));
+    }
+  }
   static I dot(I sum, I codes, I coefficients) { return _mm512_dpbusd_epi32(sum, codes, coefficients); }
   static I spread(const int32_t* p, int) {
     const I to = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     return _mm512_permutexvar_epi32(to, _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
   static I left2(I a) { return _mm512_slli_epi32(a, 2); }
-  template <int N>
-  static I left(I a) {
-    return _mm512_slli_epi32(a, N);
-  }
+  static I left(I a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   template <int N>
   static I right(I a) {
     return _mm512_srai_epi32(a, N);

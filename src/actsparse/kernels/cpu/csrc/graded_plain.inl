@@ -47,22 +47,21 @@ inline Grades grade_plain(const as_packed& w, int64_t in, const float* x, int64_
   return g;
 }
 
-// Coefficients of four columns over the groups, byte e of out[g] that of column e, and their part in the centres. `keep` is
-// what of a coefficient's bits goes into the byte, after `shift`.
-inline void coefficients_of(const uint8_t* const* mantissa, const int32_t* multiplier, const int32_t* keep, int shift,
-                            const int32_t* centre, int64_t groups, int32_t* out, int32_t* centres) {
-  const uint8_t *const m0 = mantissa[0], *const m1 = mantissa[1], *const m2 = mantissa[2], *const m3 = mantissa[3];
-  const auto word = [&](int64_t g, int32_t* sum) __attribute__((always_inline)) {
-    const int32_t c0 = (m0[g] * multiplier[0] + (1 << 14)) >> 15, c1 = (m1[g] * multiplier[1] + (1 << 14)) >> 15;
-    const int32_t c2 = (m2[g] * multiplier[2] + (1 << 14)) >> 15, c3 = (m3[g] * multiplier[3] + (1 << 14)) >> 15;
-    *sum = c0 * centre[0] + c1 * centre[1] + c2 * centre[2] + c3 * centre[3];
-    return int32_t(uint32_t((c0 & keep[0]) >> shift & 255) | uint32_t((c1 & keep[1]) >> shift & 255) << 8 |
-                   uint32_t((c2 & keep[2]) >> shift & 255) << 16 | uint32_t((c3 & keep[3]) >> shift & 255) << 24);
-  };
-  for (int64_t g = 0; g < groups; ++g) {
-    int32_t sum;
-    out[g] = word(g, &sum);
-    if (centres) centres[g] += sum;
+// Coefficients of four columns over the groups, byte e of out[g] that of column e: of those whose bit in `halves` is set only the
+// lower seven bits, or with `upper` only what lies above these. Adds to the centres, unless there are none.
+inline void coefficients_of(const uint8_t* const* mantissa, const int32_t* multiplier, unsigned halves, bool upper,
+                            const int32_t* centre, int64_t groups, int32_t* __restrict out, int32_t* __restrict centres) {
+  for (int e = 0; e < 4; ++e) {
+    const uint8_t* __restrict const m = mantissa[e];
+    const int32_t k = multiplier[e], weight = centre[e], keep = halves >> e & 1 ? 127 : -1;
+    const int shift = upper ? 7 : 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int32_t c = (m[g] * k + (1 << 14)) >> 15;
+      const uint32_t byte = uint32_t((c & keep) >> shift & 255) << (8 * e);
+      out[g] = e ? int32_t(uint32_t(out[g]) | byte) : int32_t(byte);
+    }
+    if (!centres) continue;
+    for (int64_t g = 0; g < groups; ++g) centres[g] += ((m[g] * k + (1 << 14)) >> 15) * weight;
   }
 }
 
