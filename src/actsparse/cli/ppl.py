@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_model_arguments(parser)
     parser.add_argument("--plan", metavar="PLAN", help="the plan to measure; without one only the dense model is")
+    parser.add_argument(
+        "--against", metavar="MODEL", help="the dense model to compare with (default: the same one, every weight read)"
+    )
     parser.add_argument("--text", required=True, metavar="FILE|DATASET", help="a text or .jsonl file, or a hub dataset")
     parser.add_argument("--tokens", type=whole, default=40960, help="evaluation tokens (default: 40960)")
     parser.add_argument("--window", type=positive, default=512, help="tokens per window (default: 512)")
@@ -31,20 +34,29 @@ def run(options: argparse.Namespace) -> None:
     """Measure and report."""
     from actsparse.measure import evaluate
     from actsparse.models import opening, text
+    from actsparse.models.sites import ModelError, describe
     from actsparse.models.text import TextError
-    from actsparse.plan import Plan
-    from actsparse.runtime.swap import open_model
+    from actsparse.plan import ModelIdentity, Plan
+    from actsparse.runtime.swap import open_model, state_of
 
     set_threads(options)
     plan = Plan.load(options.plan) if options.plan else None
+    model, tokenizer = open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+    state = state_of(model)
+    if state is not None and plan is None:
+        plan = state.plan  # a packed directory's own
+    if options.against and plan is None:
+        raise ModelError(f"--against got {options.against}, expected it with a plan or a packed model")
     if plan is not None and options.scope:
         plan = plan.with_scope(options.scope)
-    model, tokenizer = open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
     if plan is not None:
-        from actsparse.models.sites import describe
-        from actsparse.plan import ModelIdentity
-
         plan.check_model(ModelIdentity(**describe(model)))
+    reference = opening.open_model(options.against, options.dtype) if options.against else None
+    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
+        raise ModelError(
+            f"{options.against} has a vocabulary of {reference.config.vocab_size} tokens, expected that of "
+            f"{options.model}, {model.config.vocab_size}"
+        )
     windows = text.load_windows(options.text, tokenizer, tokens=options.tokens, window=options.window)
     if len(windows.tokens) < 2:
         raise TextError(
@@ -55,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         if plan is None:
             dense = evaluate.perplexity(evaluate.window_losses(model, windows, progress=progress))
         else:
-            result = evaluate.compare_perplexity(model, plan, windows, progress=progress)
+            result = evaluate.compare_perplexity(model, plan, windows, progress=progress, reference=reference)
     if plan is None:
         print_table(
             f"{options.model}", ["model", "perplexity", "+-"], [["dense", f"{dense.ppl:.4f}", f"{dense.stderr:.4f}"]]
@@ -65,18 +77,25 @@ def run(options: argparse.Namespace) -> None:
         return
     assert result.divergence is not None
     assert result.agreement is not None
+    read = result.weights_read
     increase = result.sparse.ppl - result.dense.ppl
     rows = [
-        ["dense", f"{result.dense.ppl:.4f}", f"{result.dense.stderr:.4f}", "", "", "", "100.0%", "100.0%"],
         [
-            f"{plan.method} {plan.sparsity:g}",
+            "dense" if state is None or reference is not None else "every plane",
+            f"{result.dense.ppl:.4f}",
+            f"{result.dense.stderr:.4f}",
+            *[""] * 6,
+        ],
+        [
+            f"{plan.method} {plan.sparsity:g}" if plan.method != "graded" else plan.method,
             f"{result.sparse.ppl:.4f}",
             f"{result.sparse.stderr:.4f}",
             f"{increase:+.4f} +- {result.delta_stderr:.4f} ({increase / result.dense.ppl:+.2%})",
             f"{result.divergence.value:.4f} +- {result.divergence.stderr:.4f}",
             f"{result.agreement.value:.2%} +- {result.agreement.stderr:.2%}",
-            f"{result.weights_read.fraction:.1%}",
-            f"{result.weights_read.ffn_fraction:.1%}",
+            f"{read.bits_read:.2f}",
+            f"{read.fraction:.1%}",
+            f"{read.ffn_fraction:.1%}",
         ],
     ]
     title = f"{result.tokens:,} tokens of {windows.source}, scope {result.scope}"
@@ -87,10 +106,17 @@ def run(options: argparse.Namespace) -> None:
         "increase (paired)",
         "KL to dense",
         "same top token",
+        "bits read",
         "weights read",
         "of the FFN",
     ]
     print_table(title, header, rows)
-    print(f"weights read per token: {result.weights_read.bytes / 1e6:,.1f} MB")
+    print(
+        f"read per token: {read.bytes / 1e6:,.1f} MB, the output head included; {read.bits_read:.2f} bits a weight of the "
+        f"layers' matrices, of {read.bits_stored:.2f} stored"
+    )
     if options.json:
-        print_json(result)
+        document = asdict(result)
+        document["sparse"] |= {"bits_read": read.bits_read, "bits_stored": read.bits_stored}
+        document["increase"] = increase / result.dense.ppl
+        print_json(document)

@@ -110,8 +110,11 @@ def compare_perplexity(
     progress: Progress | None = None,
     dense: torch.Tensor | None = None,
     divergence: bool = True,
+    reference: Any | None = None,
 ) -> Comparison:
     """``model`` dense and under ``plan``, on the same tokens.  The model is left dense.
+
+    A packed model's dense is every plane of its weights, unless ``reference`` is another model to compare with.
 
     Args:
         model: the Hugging Face model, dense or sparsified.
@@ -120,6 +123,7 @@ def compare_perplexity(
         progress: called after every batch.
         dense: what :func:`window_losses` gave for the dense model on the same windows and scope; saves its pass
             where no divergence is asked for.
+        reference: what stands in for the dense model, with the same tokenizer; by default the model itself.
         divergence: also give the KL divergence to the dense model and the agreement of the most likely token.
 
     Raises:
@@ -143,7 +147,11 @@ def compare_perplexity(
     paired: Paired | None = None
     if divergence:
         paired = paired_losses(
-            lambda: contextlib.nullcontext(model), sparsified, windows, plan.scope, progress=progress
+            lambda: contextlib.nullcontext(model if reference is None else reference),
+            sparsified,
+            windows,
+            plan.scope,
+            progress=progress,
         )
         sparse = paired.candidate
         dense = paired.reference if dense is None else dense
@@ -151,7 +159,9 @@ def compare_perplexity(
         passes = 1 if dense is not None else 2
         total = windows.count * passes
         if dense is None:
-            dense = window_losses(model, windows, plan.scope, progress=progress and _shifted(progress, 0, total))
+            other_model = model if reference is None else reference
+            shifted = progress and _shifted(progress, 0, total)
+            dense = window_losses(other_model, windows, plan.scope, progress=shifted)
         with sparsified():
             shifted = progress and _shifted(progress, (passes - 1) * windows.count, total)
             sparse = window_losses(model, windows, plan.scope, progress=shifted)
