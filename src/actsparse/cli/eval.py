@@ -37,12 +37,12 @@ def run(options: argparse.Namespace) -> None:
     from actsparse.models import opening
     from actsparse.models.sites import describe
     from actsparse.plan import ModelIdentity, Plan, PlanError, atomic_path
-    from actsparse.runtime.swap import open_model
+    from actsparse.runtime.swap import open_model, state_of
 
     if options.output:
         check_writable(options.output)
     plan = Plan.load(options.plan) if options.plan else None
-    if options.no_dense and plan is None:
+    if options.no_dense and plan is None and not opening.is_packed(options.model):
         raise PlanError("--no-dense leaves nothing to evaluate: expected --plan with it")
     if plan is not None and options.scope:
         plan = plan.with_scope(options.scope)
@@ -51,6 +51,10 @@ def run(options: argparse.Namespace) -> None:
     tasks = harness.Tasks(names, folder=options.tasks_folder, limit=options.limit, batch_size=options.batch_size)
     tasks.check(plan)
     model, tokenizer = open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+    state = state_of(model)
+    if plan is None and state is not None:
+        plan = state.plan  # a packed directory's own
+        plan = plan.with_scope(options.scope) if options.scope else plan
     if plan is not None:
         plan.check_model(ModelIdentity(**describe(model)))
     dense = None if options.no_dense else tasks.run(model, tokenizer)

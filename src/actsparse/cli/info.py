@@ -12,15 +12,18 @@ _LONGEST = 200
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    parser.add_argument("plan", metavar="PLAN", help="a plan file")
+    parser.add_argument("plan", metavar="PLAN", help="a plan file, or a packed directory")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
 
 
 def run(options: argparse.Namespace) -> None:
     """Show a plan."""
+    from actsparse.methods.graded import DENSE_BITS
+    from actsparse.models import opening
     from actsparse.plan import Plan
+    from actsparse.runtime.packed import PLAN
 
-    plan = Plan.load(options.plan)
+    plan = Plan.load(f"{options.plan}/{PLAN}" if opening.is_packed(options.plan) else options.plan)
     if options.json:
         head = {name: getattr(plan, name) for name in ("method", "sparsity", "scope", "settings", "text", "achieved")}
         print_json({**head, "prompt": plan.prompt, "model": asdict(plan.model), "version": plan.version})
@@ -37,7 +40,13 @@ def run(options: argparse.Namespace) -> None:
     }
     print_table(str(options.plan), ["what", "value"], [[_plain(what), _plain(value)] for what, value in facts.items()])
     sites = sorted({site.rpartition(".")[2] for site in plan.achieved})
-    if sites:
+    if sites and plan.method == "graded":
+        sites.remove("head")
+        read = {site: f"{DENSE_BITS * (1 - value):.2f}" for site, value in plan.achieved.items()}
+        rows = [[str(layer), *(read[f"layers.{layer}.{site}"] for site in sites)] for layer in range(plan.model.layers)]
+        print_table("bits read per weight on the calibration text", ["layer", *sites], rows)
+        print(f"the output head reads {read['head']} bits a weight")
+    elif sites:
         rows = [
             [str(layer), *(_percent(plan.achieved.get(f"layers.{layer}.{site}")) for site in sites)]
             for layer in range(plan.model.layers)
