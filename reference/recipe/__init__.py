@@ -1,0 +1,1 @@
+"""The parts of the scripts that made the reference text and models."""
