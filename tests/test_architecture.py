@@ -1,4 +1,4 @@
-"""The direction of imports: who may know whom (docs/architecture.md)."""
+"""The direction of imports: who may know whom (docs/architecture.md); and no file too long to be read at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parent.parent / "src" / "actsparse"
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOURCE = REPOSITORY / "src" / "actsparse"
 
 # The rooms along the way the data goes, and what each may import: itself and what stands named. Nothing imports upwards.
 ALLOWED: dict[str, set[str]] = {
@@ -23,6 +24,9 @@ ALLOWED: dict[str, set[str]] = {
 # The modules on the hot path know the kernels and nothing else outside their room.
 LAYERS = SOURCE / "runtime" / "layers.py"
 HOT = (LAYERS, SOURCE / "runtime" / "graded.py")
+
+# Of a source file: more are two rooms.
+MOST_LINES = 450
 
 
 def rooms_imported(path: Path) -> set[str]:
@@ -56,3 +60,26 @@ def test_the_check_sees_imports(tmp_path: Path) -> None:
     assert rooms_imported(SOURCE / "methods" / "chess.py") == {"methods", "plan"}
     assert "kernels" in rooms_imported(LAYERS)
     assert "measure" in rooms_imported(SOURCE / "cli" / "ppl.py")
+
+
+def too_long(*folders: Path) -> list[str]:
+    """The source files below ``folders`` of more than :data:`MOST_LINES` lines."""
+    files = [file for folder in folders for ending in ("py", "cpp", "h", "inl") for file in folder.rglob(f"*.{ending}")]
+    lines = {str(file): len(file.read_bytes().splitlines()) for file in files}
+    return sorted(f"{name}: {count} lines" for name, count in lines.items() if count > MOST_LINES)
+
+
+def test_no_file_is_too_long() -> None:
+    folders = [REPOSITORY / name for name in ("src", "tests", "benchmarks", "reference", "requirements")]
+    assert all(folder.is_dir() for folder in folders)
+    assert too_long(*folders) == []
+
+
+@pytest.mark.parametrize("name", ["a.py", "deep/er/b.cpp", "c.h", "d.inl"])
+def test_the_check_sees_long_files(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("x\n" * MOST_LINES)
+    assert too_long(tmp_path) == []
+    path.write_text("x\n" * (MOST_LINES + 1))
+    assert too_long(tmp_path) == [f"{path}: 451 lines"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,11 @@ def test_tasks_load_from_any_directory(tmp_path: Path, monkeypatch: pytest.Monke
     manager = TaskManager(include_path=str(REFERENCE / "tasks"), include_defaults=False)
     assert "actsparse_offline" in manager.all_groups
     assert {f"actsparse_{domain}" for domain in DOMAINS} <= set(manager.all_subtasks)
+
+
+@pytest.mark.parametrize(("script", "option"), [("build_text.py", "--cache"), ("train.py", "--activation")])
+def test_scripts_find_their_parts_from_any_directory(script: str, option: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(REFERENCE / script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert option in done.stdout
