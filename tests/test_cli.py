@@ -45,10 +45,12 @@ def test_ppl_ends_with_one_json_document(plan_path: Path, capsys: pytest.Capture
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     measured = {"dense", "sparse", "delta_stderr", "divergence", "agreement", "weights_read", "sparsity"}
-    assert set(result) == measured | {"tokens", "scope"}
+    assert set(result) == measured | {"tokens", "scope", "increase"}
     assert result["divergence"]["value"] > 5 * result["divergence"]["stderr"] > 0
     assert 0.5 < result["agreement"]["value"] < 1
     assert 1 < result["dense"]["ppl"] < result["sparse"]["ppl"] < 2 * result["dense"]["ppl"]
+    assert result["increase"] == pytest.approx(result["sparse"]["ppl"] / result["dense"]["ppl"] - 1)
+    assert result["sparse"]["bits_read"] == result["weights_read"]["bits_read"] < result["sparse"]["bits_stored"] == 16
     assert set(result["weights_read"]) == {"bytes", "fraction", "ffn_fraction", "bits_read", "bits_stored"}
     # Half the neurons leave all of gate and half of up and down to be read.
     assert result["weights_read"]["ffn_fraction"] == pytest.approx(2 / 3, abs=0.02)

@@ -62,12 +62,12 @@ def test_a_packed_model_is_the_rounded_one(directory: Path, text_settings: Setti
             assert isinstance(product, PackedLinear)
             weight = layer.weight(name).float()
             error = (planes.unpack(product.packed) - weight).square().sum() / weight.square().sum()
-            assert error < 0.05
+            assert error < 0.2  # feedback moves codes off their weights on purpose
     assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
     tokens = torch.randint(1, 4096, (1, 40))
     with torch.no_grad():
         exact, rounded = dense(tokens).logits.float(), model(tokens).logits.float()
-    assert float((rounded - exact).norm() / exact.norm()) < 0.35
+    assert float((rounded - exact).norm() / exact.norm()) < 0.3
     sparsify(model, state.plan)
     assert Decoder.supports(model) is None
 

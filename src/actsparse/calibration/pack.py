@@ -28,7 +28,16 @@ from actsparse.calibration.collect import load_calibration_windows
 from actsparse.kernels.planes import STORED
 from actsparse.methods.base import MethodError
 from actsparse.methods.feedback import energy_shares, round_with_feedback
-from actsparse.methods.graded import DENSE_BITS, Reading, alone, by_input, center_of, reading_of, solution_of
+from actsparse.methods.graded import (
+    DENSE_BITS,
+    HEAD_WEIGHT,
+    Reading,
+    alone,
+    by_input,
+    center_of,
+    reading_of,
+    solution_of,
+)
 from actsparse.methods.rounding import round_nearest
 from actsparse.models import opening, sites, text
 from actsparse.models.sites import ModelError
@@ -38,7 +47,8 @@ from actsparse.runtime.packed import FORMAT_VERSION, PLAN, SHARDS, tensors_of
 
 # What the presets read, in bits per weight (docs/graded.md says what each costs).
 QUALITIES = {"near-lossless": 4.0, "balanced": 3.0, "fast": 2.5}
-TOKENS = 4096
+# Work that calibration may take unless told otherwise, in multiplications; and the tokens that this buys at least and at most.
+_WORK, _LEAST_TOKENS, _MOST_TOKENS = 1.5e13, 2048, 16384
 WINDOW = 512
 DEFAULT_TEXT = Path(__file__).parent / "default.jsonl"
 # What error feedback makes good is a mixture of the error as read and of the error of every plane. The first alone serves
@@ -57,13 +67,14 @@ class Settings:
         bits_stored: 4, 6 or 8.
         bits_read: bits read per weight of the decoder layers' matrices, scales included.
         text: calibration text; None for the one that comes with the package.
-        tokens: how many of its tokens.
+        tokens: how many of its tokens; None for what some minutes of two cores allow, 2,048 to 16,384 (see
+            :func:`default_tokens`).
     """
 
     bits_stored: int = 6
     bits_read: float = QUALITIES["balanced"]
     text: str | None = None
-    tokens: int = TOKENS
+    tokens: int | None = None
 
     def check(self) -> None:
         """MethodError for values out of range."""
@@ -100,7 +111,7 @@ def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progr
         model,
         tokenizer,
         settings.text or str(DEFAULT_TEXT),
-        tokens=settings.tokens,
+        tokens=settings.tokens or default_tokens(sum(p.numel() for p in model.parameters())),
         window=None,
         packing="packed",
         default=WINDOW,
@@ -111,6 +122,12 @@ def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progr
     plan = run.plan(readings)
     run.finish(source, tokenizer, plan, target)
     return plan
+
+
+def default_tokens(parameters: int) -> int:
+    """Calibration tokens for a model of so many parameters: small models need, and can afford, more."""
+    affordable = _WORK / (3 * parameters)  # two forward passes, and one backward that needs no gradients of weights
+    return int(min(_MOST_TOKENS, max(_LEAST_TOKENS, affordable)))
 
 
 def _open(name: str) -> tuple[Any, Any, Path | None, Callable[[int], None]]:
@@ -214,7 +231,8 @@ class _Run:
         for names, x in by_input(activity.inputs):
             weights = [self._weight(activity.layer, name) for name in names]
             nearest = [round_nearest(weight, stored) for weight in weights]
-            sensitive = [activity.sensitivity[name] for name in names]
+            counts = HEAD_WEIGHT if activity.layer == HEAD else 1.0
+            sensitive = [counts * activity.sensitivity[name] for name in names]
             center = center_of(x, list(zip(weights, nearest, sensitive, strict=True)), bits)
             deviation = x - center
             hessian = deviation.T @ deviation / len(deviation)

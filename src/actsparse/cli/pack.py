@@ -9,7 +9,7 @@ from actsparse.cli.terminal import add_thread_argument, positive, progress_bar, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    from actsparse.calibration.pack import QUALITIES, TOKENS
+    from actsparse.calibration.pack import QUALITIES
 
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face model directory, a hub id or a GGUF file")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the directory to make")
@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="FILE|DATASET", help="calibration text (default: a small one that comes along)"
     )
-    parser.add_argument("--tokens", type=positive, default=TOKENS, help=f"calibration tokens (default: {TOKENS})")
+    parser.add_argument(
+        "--tokens", type=positive, help="calibration tokens (default: 2,048 to 16,384, by the model's size)"
+    )
     add_thread_argument(parser)
 
 

@@ -34,6 +34,9 @@ DENSE_BITS = 16
 HEAD = -1
 DEFAULT_BITS = 3.0
 _CENTER_ROUNDS = 3
+# An error in the output head costs more than the gradient says: measured, a head that obeys the same theta as the layers
+# takes 0.8 points of perplexity at 3 bits read, for a twentieth of the bytes.
+HEAD_WEIGHT = 4.0
 # Ratios of input to threshold are counted by their logarithm, 32 bins a power of two.
 _LOWEST, _HIGHEST, _PER_OCTAVE = -64, 64, 32
 
@@ -226,10 +229,11 @@ class Graded(Method):
     ) -> dict[str, Statistic]:
         """The readings of a layer's products, by projection, from its activity (:mod:`actsparse.calibration.activity`)."""
         found: dict[str, Statistic] = {}
+        counts = HEAD_WEIGHT if layer.index == HEAD else 1.0
         for names, x in by_input(inputs):
             weights = [layer.weight(name).float() for name in names]
             rounded = [round_nearest(weight, self.bits_stored) for weight in weights]
-            sensitive = [sensitivity[name] for name in names]
+            sensitive = [counts * sensitivity[name] for name in names]
             center = center_of(x, list(zip(weights, rounded, sensitive, strict=True)))
             for name, weight, packed, one in zip(names, weights, rounded, sensitive, strict=True):
                 found[name] = reading_of(x, weight, packed, one, center)
@@ -261,7 +265,8 @@ def solution_of(readings: Mapping[tuple[int, str], Statistic], bits: float) -> S
         site = "head" if layer == HEAD else f"layers.{layer}.{name}"
         solution.rules[f"{site}.level_threshold"] = (reading.unit.double() * theta).float()
         solution.rules[f"{site}.center"] = reading.center.float()
-        solution.achieved[site] = 1 - reading.bits(theta) / DENSE_BITS
+        # Padding and scales of a tiny matrix may read more than 16 bits a weight.
+        solution.achieved[site] = max(0.0, 1 - reading.bits(theta) / DENSE_BITS)
         if layer != HEAD:
             total += reading.weights
             read += reading.bits(theta) * reading.weights
