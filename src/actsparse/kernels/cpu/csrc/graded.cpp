@@ -37,13 +37,15 @@ int32_t nearest(float v) {
 }
 
 // Where one task adds up, and the blocks that it has in hand.
-struct Room {
+struct alignas(64) Room {
   Block blocks[2];
-  int32_t coefficients[2 * coefficient_room];
+  alignas(64) int32_t coefficients[2 * coefficient_room];
+  char apart[256];
 };
 
 struct alignas(64) Counter {
   int64_t value;
+  char apart[192];  // from the line that would be fetched with it
 };
 
 // One packed product inside a region.
@@ -66,8 +68,7 @@ class Packed {
     joined_ = Claims(tasks);
     next_ = arena().take<Counter>(tasks + 1);
     for (int64_t t = 0; t <= tasks; ++t) next_[t].value = 0;
-    sums_ = arena().take<int32_t>(tasks * batch * tiles_ * tile_outputs);
-    centres_ = arena().take<int32_t>(tasks * batch * centre_stride());
+    sums_ = arena().take<int32_t>(tasks * task_stride());
     touched_ = arena().take<bool>(tasks * strips_);
     for (int64_t k = 0; k < tasks * strips_; ++k) touched_[k] = false;
   }
@@ -146,8 +147,10 @@ class Packed {
   };
 
   int64_t centre_stride() const { return (tiles_ * tile_groups + 15) / 16 * 16; }
-  int32_t* sums(int64_t task, int64_t row) const { return sums_ + (task * batch_ + row) * tiles_ * tile_outputs; }
-  int32_t* centres(int64_t task, int64_t row) const { return centres_ + (task * batch_ + row) * centre_stride(); }
+  // A task's sums, then its centres. Lines of two tasks lie far enough apart that no core fetches another's as a neighbour.
+  int64_t task_stride() const { return batch_ * (tiles_ * tile_outputs + centre_stride()) + 1024; }
+  int32_t* sums(int64_t task, int64_t row) const { return sums_ + task * task_stride() + row * tiles_ * tile_outputs; }
+  int32_t* centres(int64_t task, int64_t row) const { return sums(task, batch_) + row * centre_stride(); }
   // Strips begin at whole fours of tiles: sixteen groups.
   int64_t strip_begin(int64_t strip) const { return strip == strips_ ? tiles_ : tiles_ * strip / strips_ / 4 * 4; }
 
@@ -265,8 +268,8 @@ class Packed {
   float* coefficients_ = nullptr;  // [batch, stride]
   Claims graded_, joined_;
   Counter* next_ = nullptr;  // of each task's share, and last how many blocks are done
-  int32_t *sums_ = nullptr, *centres_ = nullptr;  // of each task and row
-  bool* touched_ = nullptr;                       // [tasks, strips]
+  int32_t* sums_ = nullptr;  // of each task and row, with the centres
+  bool* touched_ = nullptr;  // [tasks, strips]
 };
 
 }  // namespace

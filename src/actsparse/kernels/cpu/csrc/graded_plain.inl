@@ -47,8 +47,8 @@ inline Grades grade_plain(const as_packed& w, int64_t in, const float* x, int64_
   return g;
 }
 
-// Coefficients of four columns over the groups, byte e of out[g] that of column e: of those whose bit in `halves` is set only the
-// lower seven bits, or with `upper` only what lies above these. Adds to the centres, unless there are none.
+// Coefficients of four columns over the groups, byte e of out[g] that of column e: of those whose bit in `halves` is set only
+// the lower seven bits, or with `upper` only what lies above these. Adds to the centres, unless there are none.
 inline void coefficients_of(const uint8_t* const* mantissa, const int32_t* multiplier, unsigned halves, bool upper,
                             const int32_t* centre, int64_t groups, int32_t* __restrict out, int32_t* __restrict centres) {
   for (int e = 0; e < 4; ++e) {
