@@ -158,6 +158,6 @@ def test_what_cannot_be_packed_is_refused(directory: Path, text_settings: Settin
         opening.open_model(str(path))
     with pytest.raises(MethodError, match="bits read is 9"):
         pack(str(directory), tmp_path / "more", Settings(bits_read=9))
-    with pytest.raises(MethodError, match="bits read is 0.01"):
-        pack(str(directory), tmp_path / "less", Settings(bits_read=0.01, text=text_settings.text, tokens=512))
+    with pytest.raises(MethodError, match="bits read is 0"):
+        pack(str(directory), tmp_path / "less", Settings(bits_read=0))
     assert not (tmp_path / "less").exists()
