@@ -11,7 +11,16 @@ import actsparse
 from actsparse.kernels import planes
 from actsparse.measure.evaluate import compare_perplexity
 from actsparse.methods.base import MethodError
-from actsparse.methods.graded import HEAD, center_of, choose_theta, reading_of, solution_of, unit_thresholds
+from actsparse.methods.graded import (
+    HEAD,
+    Reading,
+    center_of,
+    choose_theta,
+    reading_of,
+    solution_of,
+    unit_of,
+    unit_thresholds,
+)
 from actsparse.methods.rounding import residuals, round_nearest
 from actsparse.models import text
 from actsparse.runtime.decode import Decoder
@@ -38,6 +47,10 @@ def test_a_level_that_brings_nothing_is_never_read() -> None:
     assert bool(unit[:, 1:].isinf().all())
 
 
+def read(x: torch.Tensor, weight: torch.Tensor, packed: planes.Packed, sensitivity: torch.Tensor) -> Reading:
+    return reading_of(x, unit_of(weight, packed, sensitivity), packed, x.mean(0))
+
+
 @pytest.fixture
 def products() -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, planes.Packed, torch.Tensor]]:
     generator = torch.Generator().manual_seed(3)
@@ -50,7 +63,7 @@ def products() -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, planes
 
 
 def test_theta_meets_the_budget_that_is_then_read(products) -> None:
-    readings = {key: reading_of(*values, values[0].mean(0)) for key, values in products.items()}
+    readings = {key: read(*values) for key, values in products.items()}
     for bits in (1.5, 3.0, 4.5):
         solution = solution_of(readings, bits)
         assert solution.facts["bits_read"] == pytest.approx(bits, abs=1e-6)
@@ -72,15 +85,15 @@ def test_theta_meets_the_budget_that_is_then_read(products) -> None:
 def test_more_sensitive_outputs_get_more_bits(products) -> None:
     x, weight, packed, sensitivity = products[0, "q"]
     readings = {
-        (0, "q"): reading_of(x, weight, packed, sensitivity, x.mean(0)),
-        (0, "k"): reading_of(x, weight, packed, 100 * sensitivity, x.mean(0)),
+        (0, "q"): read(x, weight, packed, sensitivity),
+        (0, "k"): read(x, weight, packed, 100 * sensitivity),
     }
     theta = choose_theta(readings, 3.0)
     assert readings[0, "k"].bits(theta) > readings[0, "q"].bits(theta) + 1
 
 
 def test_budgets_out_of_reach_are_refused(products) -> None:
-    readings = {key: reading_of(*values, values[0].mean(0)) for key, values in products.items()}
+    readings = {key: read(*values) for key, values in products.items()}
     for bits in (0.0, 9.9, float("nan")):
         with pytest.raises(MethodError, match="bits read is"):
             choose_theta(readings, bits)
@@ -97,7 +110,8 @@ def test_centers_lie_where_values_are_skipped() -> None:
     x = 0.2 + 0.05 * torch.randn(2000, 64, generator=generator)
     x[::20] += 10
     weight = torch.randn(64, 64, generator=generator)
-    center = center_of(x, [(weight, round_nearest(weight, 6), torch.ones(64))], 0.5)
+    packed = round_nearest(weight, 6)
+    center = center_of(x, [(unit_of(weight, packed, torch.ones(64)), packed)], 0.5)
     assert bool((x.mean(0) > 0.6).all())
     assert bool(((center > 0.1) & (center < 0.25)).all())
 

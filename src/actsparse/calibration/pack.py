@@ -37,6 +37,7 @@ from actsparse.methods.graded import (
     center_of,
     reading_of,
     solution_of,
+    unit_of,
 )
 from actsparse.methods.rounding import round_nearest
 from actsparse.models import opening, sites, text
@@ -233,18 +234,18 @@ class _Run:
             nearest = [round_nearest(weight, stored) for weight in weights]
             counts = HEAD_WEIGHT if activity.layer == HEAD else 1.0
             sensitive = [counts * activity.sensitivity[name] for name in names]
-            center = center_of(x, list(zip(weights, nearest, sensitive, strict=True)), bits)
+            units = [unit_of(*one) for one in zip(weights, nearest, sensitive, strict=True)]
+            center = center_of(x, list(zip(units, nearest, strict=True)), bits)
             deviation = x - center
             hessian = deviation.T @ deviation / len(deviation)
-            for name, weight, rounded, sensitivity in zip(names, weights, nearest, sensitive, strict=True):
+            for name, weight, rounded, unit, sensitivity in zip(names, weights, nearest, units, sensitive, strict=True):
                 # How deep columns are read is known only when all layers are: the shares are taken as if this product read on
                 # its own what the whole model reads on average.
-                guess = reading_of(x, weight, rounded, sensitivity, center)
-                shares = energy_shares(deviation, guess.unit.to(weight.device) * alone(guess, bits))
+                shares = energy_shares(deviation, unit * alone(reading_of(x, unit, rounded, center), bits))
                 shares = BLEND * shares
                 shares[-1] += 1 - BLEND
                 packed, stood = round_with_feedback(weight, stored, hessian, shares)
-                reading = reading_of(x, stood, packed, sensitivity, center)
+                reading = reading_of(x, unit_of(stood, packed, sensitivity), packed, center)
                 path = self._path(activity.layer, name)
                 tensors |= {f"{path}.{part}": tensor for part, tensor in tensors_of(packed).items()}
                 tensors |= {

@@ -89,23 +89,19 @@ class Reading(Statistic):
         return above - part * self.counts[:, index].double()
 
 
-def reading_of(
-    x: torch.Tensor, weight: torch.Tensor, packed: Packed, sensitivity: torch.Tensor, center: torch.Tensor
-) -> Reading:
-    """The reading of one product on calibration inputs x [T, I].
+def unit_of(weight: torch.Tensor, packed: Packed, sensitivity: torch.Tensor) -> torch.Tensor:
+    """Thresholds at theta 1, float32 [L, I], of a product.
 
     Args:
-        x: the inputs.
         weight: [O, I], what the codes of ``packed`` stand for.
         packed: the codes.
-        sensitivity: float32 [O], as :class:`Graded` explains.
-        center: float32 [I], what inputs deviate from.
+        sensitivity: float32 [O], the mean squared gradient of the loss by each output.
     """
-    unit = unit_thresholds(residuals(weight, packed, sensitivity), packed.level_bytes)
-    return _reading(x, unit, packed, center)
+    return unit_thresholds(residuals(weight, packed, sensitivity), packed.level_bytes)
 
 
-def _reading(x: torch.Tensor, unit: torch.Tensor, packed: Packed, center: torch.Tensor) -> Reading:
+def reading_of(x: torch.Tensor, unit: torch.Tensor, packed: Packed, center: torch.Tensor) -> Reading:
+    """The reading of one product on calibration inputs x [T, I], of thresholds ``unit`` on deviations from ``center`` [I]."""
     deviation = (x - center).abs()
     bins = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 2
     counts = torch.zeros(len(unit), bins, dtype=torch.int64, device=x.device)
@@ -118,7 +114,7 @@ def _reading(x: torch.Tensor, unit: torch.Tensor, packed: Packed, center: torch.
 
 
 def center_of(
-    x: torch.Tensor, products: Sequence[tuple[torch.Tensor, Packed, torch.Tensor]], bits: float = DEFAULT_BITS
+    x: torch.Tensor, products: Sequence[tuple[torch.Tensor, Packed]], bits: float = DEFAULT_BITS
 ) -> torch.Tensor:
     """What products that share the inputs x [T, I] should take off them: the mean of each channel where it is skipped.
 
@@ -127,16 +123,15 @@ def center_of(
 
     Args:
         x: the inputs.
-        products: weight [O, I], codes and sensitivity [O] of each.
+        products: thresholds of :func:`unit_of`, and codes, of each.
         bits: about what will be read.
     """
-    units = [unit_thresholds(residuals(w, packed, s), packed.level_bytes) for w, packed, s in products]
     center = torch.zeros_like(x[0])
     for _ in range(_CENTER_ROUNDS):
         # A little mass at zero: a channel that is hardly ever skipped has no mean worth trusting.
         total, count = torch.zeros_like(center), torch.full_like(center, 0.01 * len(x) * len(products))
-        for unit, (_, packed, _) in zip(units, products, strict=True):
-            theta = alone(_reading(x, unit, packed, center), bits)
+        for unit, packed in products:
+            theta = alone(reading_of(x, unit, packed, center), bits)
             skipped = (x - center).abs() < unit[0] * theta
             total += torch.where(skipped, x, 0.0).sum(0)
             count += skipped.sum(0)
@@ -231,12 +226,13 @@ class Graded(Method):
         found: dict[str, Statistic] = {}
         counts = HEAD_WEIGHT if layer.index == HEAD else 1.0
         for names, x in by_input(inputs):
-            weights = [layer.weight(name).float() for name in names]
-            rounded = [round_nearest(weight, self.bits_stored) for weight in weights]
-            sensitive = [counts * sensitivity[name] for name in names]
-            center = center_of(x, list(zip(weights, rounded, sensitive, strict=True)))
-            for name, weight, packed, one in zip(names, weights, rounded, sensitive, strict=True):
-                found[name] = reading_of(x, weight, packed, one, center)
+            products = []
+            for name in names:
+                packed = round_nearest(layer.weight(name), self.bits_stored)
+                products.append((unit_of(layer.weight(name), packed, counts * sensitivity[name]), packed))
+            center = center_of(x, products)
+            for name, (unit, packed) in zip(names, products, strict=True):
+                found[name] = reading_of(x, unit, packed, center)
         return found
 
     def solve(self, layers: Sequence[Calibrated], targets: Targets) -> Solution:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from actsparse import kernels
 from actsparse.kernels import planes
 from actsparse.kernels.planes import GROUP, Packed
 
@@ -112,7 +113,9 @@ def residuals(weight: torch.Tensor, packed: Packed, sensitivity: torch.Tensor | 
     """
     target = weight.float()
     rows = [target]
-    rows += [target - planes.unpack(packed, level) for level in packed.levels]
+    rows += [
+        target - kernels.unpack_columns(packed, 0, packed.inputs, torch.float32, level).T for level in packed.levels
+    ]
     factor = None if sensitivity is None else sensitivity.unsqueeze(1)
     return torch.stack([(row.square() if factor is None else row.square() * factor).sum(0) for row in rows])
 
