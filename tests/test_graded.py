@@ -47,7 +47,7 @@ def test_a_level_that_brings_nothing_is_never_read() -> None:
     assert bool(unit[:, 1:].isinf().all())
 
 
-def read(x: torch.Tensor, weight: torch.Tensor, packed: planes.Packed, sensitivity: torch.Tensor) -> Reading:
+def reading(x: torch.Tensor, weight: torch.Tensor, packed: planes.Packed, sensitivity: torch.Tensor) -> Reading:
     return reading_of(x, unit_of(weight, packed, sensitivity), packed, x.mean(0))
 
 
@@ -63,7 +63,7 @@ def products() -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, planes
 
 
 def test_theta_meets_the_budget_that_is_then_read(products) -> None:
-    readings = {key: read(*values) for key, values in products.items()}
+    readings = {key: reading(*values) for key, values in products.items()}
     for bits in (1.5, 3.0, 4.5):
         solution = solution_of(readings, bits)
         assert solution.facts["bits_read"] == pytest.approx(bits, abs=1e-6)
@@ -85,15 +85,15 @@ def test_theta_meets_the_budget_that_is_then_read(products) -> None:
 def test_more_sensitive_outputs_get_more_bits(products) -> None:
     x, weight, packed, sensitivity = products[0, "q"]
     readings = {
-        (0, "q"): read(x, weight, packed, sensitivity),
-        (0, "k"): read(x, weight, packed, 100 * sensitivity),
+        (0, "q"): reading(x, weight, packed, sensitivity),
+        (0, "k"): reading(x, weight, packed, 100 * sensitivity),
     }
     theta = choose_theta(readings, 3.0)
     assert readings[0, "k"].bits(theta) > readings[0, "q"].bits(theta) + 1
 
 
 def test_budgets_out_of_reach_are_refused(products) -> None:
-    readings = {key: read(*values) for key, values in products.items()}
+    readings = {key: reading(*values) for key, values in products.items()}
     for bits in (0.0, 9.9, float("nan")):
         with pytest.raises(MethodError, match="bits read is"):
             choose_theta(readings, bits)
