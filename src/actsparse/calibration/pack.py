@@ -197,6 +197,7 @@ class _Run:
             settings={"bits_stored": self._settings.bits_stored, "rounding": "feedback", **solution.facts},
             text=self._windows.describe(),
             achieved=solution.achieved,
+            scope="decode",
             version=importlib.metadata.version("actsparse"),
         )
 

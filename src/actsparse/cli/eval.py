@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     state = state_of(model)
     if plan is None and state is not None:
         plan = state.plan  # a packed directory's own
-        plan = plan.with_scope(options.scope) if options.scope else plan
+        plan = plan.with_scope(options.scope or "all")
     if plan is not None:
         plan.check_model(ModelIdentity(**describe(model)))
     dense = None if options.no_dense else tasks.run(model, tokenizer)

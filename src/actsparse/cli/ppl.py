@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE|DATASET", help="a text or .jsonl file, or a hub dataset")
     parser.add_argument("--tokens", type=whole, default=40960, help="evaluation tokens (default: 40960)")
     parser.add_argument("--window", type=positive, default=512, help="tokens per window (default: 512)")
-    parser.add_argument("--scope", help="tokens to sparsify and score: all, decode or last_half (default: the plan's)")
+    parser.add_argument("--scope", help="tokens to sparsify and score: all, decode or last_half (default: the plan's; all for graded)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
@@ -47,8 +47,9 @@ def run(options: argparse.Namespace) -> None:
         plan = state.plan  # a packed directory's own
     if options.against and plan is None:
         raise ModelError(f"--against got {options.against}, expected it with a plan or a packed model")
-    if plan is not None and options.scope:
-        plan = plan.with_scope(options.scope)
+    if plan is not None and (options.scope or plan.method == "graded"):
+        # Graded plans leave prompts alone when they are used: scored so, half the text would count for nothing.
+        plan = plan.with_scope(options.scope or "all")
     if plan is not None:
         plan.check_model(ModelIdentity(**describe(model)))
     reference = opening.open_model(options.against, options.dtype) if options.against else None

@@ -206,6 +206,8 @@ class Graded(Method):
     phases = ()
     sites = ()
     activity = True
+    # A prompt of many tokens reads every weight anyway: by default it reads every plane, and the rules are for decoding.
+    scopes = ("decode", "all", "last_half")
     sparsity = 1 - DEFAULT_BITS / DENSE_BITS
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "bits_stored": {"type": int, "choices": STORED, "help": "bits stored of each weight: 4, 6 or 8 (default: 6)"},
