@@ -120,7 +120,7 @@ def test_a_plan_rounds_the_model_it_meets_and_restores_it(tiny, tokenizer, text_
     model = tiny("llama", hidden_size=128, intermediate_size=256, head_dim=32, num_attention_heads=4)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     plan = actsparse.calibrate(
-        model, tokenizer, str(text_file), method="graded", sparsity=1 - 4 / 16, tokens=512, window=64
+        model, tokenizer, str(text_file), method="graded", sparsity=1 - 4 / 16, tokens=512, window=64, scope="all"
     )
     assert plan.settings["bits_read"] == pytest.approx(4)
     windows = text.load_windows(str(text_file), tokenizer, tokens=512, window=64)

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE|DATASET", help="a text or .jsonl file, or a hub dataset")
     parser.add_argument("--tokens", type=whole, default=40960, help="evaluation tokens (default: 40960)")
     parser.add_argument("--window", type=positive, default=512, help="tokens per window (default: 512)")
-    parser.add_argument("--scope", help="tokens to sparsify and score: all, decode or last_half (default: the plan's; all for graded)")
+    parser.add_argument(
+        "--scope", help="tokens to sparsify and score: all, decode or last_half (default: the plan's; all for graded)"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
