@@ -131,7 +131,7 @@ def test_block_reads_only_what_its_rules_keep(where: dict[str, Any], name: str, 
     down = by_columns(random(H, N, dtype=dtype, seed=4, device=device, scale=N**-0.5))
     if rules.gate_in_threshold is not None:
         gate, up = by_columns(gate), by_columns(up)
-    assert ffn_obstacle(gate, up, down, rules) == ""
+    assert ffn_obstacle(x, gate, up, down, rules) == ""
     want = exact_ffn(x, gate, up, down, rules)
     scale = torch.ones_like(want)
     masks = reference.ffn_keep(x.double(), gate.double(), up.double(), rules)
@@ -168,7 +168,7 @@ def test_operator_under_a_graph_and_compile() -> None:
     x = random(1, H, dtype=torch.bfloat16, seed=1, device="cuda")
     weight = by_columns(random(N, H, dtype=torch.bfloat16, seed=2, device="cuda"))
     threshold = torch.full((H,), 0.7, device="cuda")
-    assert kernels.path_for(x, weight) == "cuda-sm_90" or kernels.path_for(x, weight).startswith("cuda-")
+    assert kernels.path_for(x, weight).startswith("cuda-sm_")
     want = kernels.linear(x, weight, None, threshold)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

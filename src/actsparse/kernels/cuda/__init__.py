@@ -3,10 +3,12 @@
 Nothing here decides whether a call may run natively: that is :mod:`actsparse.kernels`' part.
 """
 
-from .compiler import CudaError, device_obstacle, missing
-from .launches import MAX_BATCH, ffn_obstacle, layout_obstacle
+from . import decoder
+from .compiler import DTYPES, CudaError, architecture, device_obstacle, missing
+from .launches import ffn_obstacle, layout_obstacle, linear_obstacle
 from .products import gated_ffn, linear
 
 __all__ = [
-    "MAX_BATCH", "CudaError", "device_obstacle", "ffn_obstacle", "gated_ffn", "layout_obstacle", "linear", "missing",
+    "DTYPES", "CudaError", "architecture", "decoder", "device_obstacle", "ffn_obstacle", "gated_ffn", "layout_obstacle", "linear",
+    "linear_obstacle", "missing",
 ]  # fmt: skip

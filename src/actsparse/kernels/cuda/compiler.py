@@ -77,6 +77,12 @@ def device_obstacle(index: int) -> str:
 
 
 @cache
+def architecture(index: int) -> str:
+    """A GPU's architecture as the compiler names it, such as sm_90."""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+@cache
 def machine(index: int) -> Machine:
     """What a GPU's launches are cut for."""
     value = c_int()
@@ -107,8 +113,7 @@ def run(launches: list[Launch], device: torch.device, dtype: torch.dtype, rows: 
 
 @cache
 def _functions(index: int, dtype: int, rows: int, group: int) -> dict[str, c_void_p]:
-    major, minor = torch.cuda.get_device_capability(index)
-    binary = _compiled((f"sm_{major}{minor}", dtype, rows, group))
+    binary = _compiled((architecture(index), dtype, rows, group))
     driver, module = _driver(), c_void_p()
     with torch.cuda.device(index):
         torch.cuda.current_stream(index).synchronize()  # makes the device's context the current one

@@ -226,9 +226,9 @@ class Builder:
             entries = -(-size // splits) + 4 & ~3
             list_floats = max(entries * (self.compiled + 1), THREADS // 32 * self.compiled * tile)
             shared = 4 * (32 + list_floats + (self.compiled * _padded(size) if x is not None else 0))
-            if shared <= self.machine.shared_bytes or splits >= 64:
+            if shared <= self.machine.shared_bytes or (tile == 32 and splits >= 64):
                 break
-            splits *= 2
+            tile, splits = (tile // 2, splits) if tile > 32 and splits >= 4 else (tile, splits * 2)
         self._check_shared(shared)
         jobs, results, begin = (Job * 3)(), [], 0
         direct = rounded is not None and splits == 1
@@ -332,12 +332,22 @@ class Builder:
         return y[0] if rounded is None else None
 
     def _cut(self, outs: list[int], tile: int, splits: int) -> tuple[int, int]:
-        """Columns per block, and splits of the kept: as many blocks as the multiprocessors hold at a time, or a bit fewer."""
-        wanted = 2 * self.machine.processors
+        """Columns per block, and splits of the kept: about one to two blocks for each multiprocessor.
+
+        Measured on an H100 (docs/cuda.md): narrow tiles with few splits are as fast as wide ones with many, and leave fewer
+        parts to add up.
+        """
+
+        def tiles(width: int) -> int:
+            return sum(-(-out // width) for out in outs)
+
         if not tile:
-            tile = 128 if sum(-(-out // 128) for out in outs) * 2 >= self.machine.processors else 64
+            fits = (width for width in (64, 128) if tiles(width) <= 2 * self.machine.processors)
+            tile = next(fits, 256 if self.compiled <= 2 else 128)
         if not splits:
-            splits = max(1, min(8, wanted // sum(-(-out // tile) for out in outs)))
+            splits = 1
+            while tiles(tile) * splits * 6 < 5 * self.machine.processors and splits < 8:
+                splits *= 2
         return tile, splits
 
     def _check_shared(self, shared: int) -> None:
@@ -345,8 +355,23 @@ class Builder:
             raise ValueError(f"{shared} bytes of shared memory are needed, a block has {self.machine.shared_bytes}")
 
 
-def ffn_obstacle(gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> str:
+# Of a block's shared memory (99 KiB and more), for x in float32; lists and sums take the rest.
+_INPUT_BYTES = 140 << 10
+
+
+def linear_obstacle(x: Tensor) -> str:
+    """Why a product has no CUDA path, in words; empty when it has one."""
+    rows = compiled_rows(x.numel() // x.shape[-1])
+    needed = 4 * rows * x.shape[-1]
+    return f"{rows} rows of {x.shape[-1]} values do not fit shared memory" if needed > _INPUT_BYTES else ""
+
+
+def ffn_obstacle(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> str:
     """Why a block has no CUDA path, in words; empty when it has one."""
+    last_input = x if Matrix(down).columns else x.new_empty((*x.shape[:-1], down.shape[1]), device="meta")
+    for values in (x, last_input):
+        if obstacle := linear_obstacle(values):
+            return obstacle
     columns = [Matrix(weight).columns for weight in (gate, up, down) if weight is not None]
     first, last = columns[0], columns[-1]
     sparse = any(
