@@ -263,7 +263,7 @@ def _layer(backend: Any, layer: LayerSites, model: Any, keys: torch.Tensor, valu
         block: list[Any] = [layer.weight(name).detach() for name in sites.FFN_PROJECTIONS]
     else:
         rules = kernels.Rules(sites.activation_of(model), family.up_activation)
-        block = [_matrix(layer.product(name)) for name in sites.FFN_PROJECTIONS]
+        block = [_matrix(backend, layer.product(name)) for name in sites.FFN_PROJECTIONS]
     gate, up, down = block
     return backend.layer_of(
         input_norm=_norm(backend, layer.module.get_submodule(family.input_norm)),
@@ -282,6 +282,8 @@ def _layer(backend: Any, layer: LayerSites, model: Any, keys: torch.Tensor, valu
 
 
 def _matrix(backend: Any, linear: Any) -> Any:
+    if isinstance(linear, _PACKED):
+        return linear.matrix()
     # Detached, because re-laying a weight gives the parameter new storage: an alias keeps the one pointed at alive.
     return backend.matrix_of(linear.weight.detach(), linear.bias)
 
@@ -303,9 +305,11 @@ def _kernels_for(weight: torch.Tensor) -> Any:
 
 def _cuda_obstacle(model: Any) -> str | None:
     """What the CUDA step cannot read, in words."""
-    weights = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    for layer in sites.layers_of(model):
-        weights += [layer.weight(name) for name in (*sites.ATTENTION_PROJECTIONS, *sites.FFN_PROJECTIONS)]
+    products = [layer.product(name) for layer in sites.layers_of(model) for name, _ in layer.family.projections]
+    products += [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(isinstance(product, _PACKED) for product in products):
+        return "packed weights have no CUDA kernel"
+    weights = (product.weight for product in products)
     obstacle = kernels.cuda.decoder.decoder_obstacle(_heads(model.config)[2], *weights)
     if obstacle:
         return obstacle

@@ -79,17 +79,18 @@ def norm_of(weight: Tensor, *, eps: float) -> Norm:
     return Norm(converted, eps)
 
 
-def ffn_of(gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> FFN:
-    """One block; ValueError for rules and layouts that do not go together."""
-    obstacle = ffn_obstacle(up[:1], gate, up, down, rules)
+def ffn_of(gate: Tensor | Matrix | None, up: Tensor | Matrix, down: Tensor | Matrix, rules: Rules) -> FFN:
+    """One block, of weights (whose biases are the rules') or of matrices; ValueError for what does not go together."""
+    g, u, d = (
+        weight if weight is None or isinstance(weight, Matrix) else matrix_of(weight, bias)
+        for weight, bias in ((gate, rules.gate_bias), (up, rules.up_bias), (down, rules.down_bias))
+    )
+    assert u is not None
+    assert d is not None
+    obstacle = ffn_obstacle(u.weight[:1], None if g is None else g.weight, u.weight, d.weight, rules)
     if obstacle:
         raise ValueError(obstacle)
-    return FFN(
-        None if gate is None else matrix_of(gate, rules.gate_bias),
-        matrix_of(up, rules.up_bias),
-        matrix_of(down, rules.down_bias),
-        rules,
-    )
+    return FFN(g, u, d, rules)
 
 
 def layer_of(**parts: Any) -> Layer:
