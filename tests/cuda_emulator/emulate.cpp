@@ -118,6 +118,10 @@ static float __shfl_xor_sync(uint32_t, float value, int mask) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+static int __shfl_up_sync(uint32_t, int value, int offset) {
+  const int lane = threadIdx.x & 31;
+  return emulate::exchange(value, lane >= offset ? lane - offset : lane);
+}
 static uint32_t __ballot_sync(uint32_t, bool set) {
   emulate::slots[emulate::current] = set;
   emulate::wait_warp();

@@ -287,8 +287,8 @@ class _Step:
         )  # fmt: skip
         size, group = decoder.head_dim, decoder.group
         lanes = min(32, 1 << (size // 8 - 1).bit_length())
-        floats = group * size + size + group * 128 + 4 * ((3 * group + 3) // 4) + size
-        floats += _ATTENTION_THREADS // lanes * group * size
+        slots = _ATTENTION_THREADS // lanes
+        floats = (group + 2) * size + slots * group * (size + 2)
         build.launches.append(
             Launch("attention", (decoder.kv_heads * subgroups, self._splits), _ATTENTION_THREADS, 4 * floats, p,
                    (layer, q, k, v, y, self._partial, self._arrived))

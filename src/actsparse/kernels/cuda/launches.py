@@ -99,7 +99,7 @@ def layout_obstacle(weight: Tensor) -> str:
         return f"a weight's strides are {weight.stride()}: neither contiguous nor the transpose of something contiguous"
     matrix = Matrix(weight)
     stored = matrix.out if matrix.columns else matrix.inn
-    if stored % 8 or matrix.stride % 8 or weight.data_ptr() % 16 or inn % 8:
+    if stored % 8 or matrix.stride % 8 or weight.data_ptr() % 16:
         return f"a weight of shape {tuple(weight.shape)} is not in multiples of 8, which 16-byte reads need"
     return ""
 
@@ -362,6 +362,8 @@ _INPUT_BYTES = 140 << 10
 def linear_obstacle(x: Tensor) -> str:
     """Why a product has no CUDA path, in words; empty when it has one."""
     rows = compiled_rows(x.numel() // x.shape[-1])
+    if x.shape[-1] % 8:
+        return f"x has {x.shape[-1]} values, expected a multiple of 8"
     needed = 4 * rows * x.shape[-1]
     return f"{rows} rows of {x.shape[-1]} values do not fit shared memory" if needed > _INPUT_BYTES else ""
 

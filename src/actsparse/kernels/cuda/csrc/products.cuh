@@ -189,6 +189,157 @@ AS_DEVICE Range compact(int count, int slice, int slices, int* counts, int* inde
   return Range{low, high - low, total};
 }
 
+// One row of x: each thread looks at groups of four candidates, all loads of a batch before their first use.  The list's order
+// is by thread, then by candidate.
+constexpr int BATCH = 4, BATCHES = 2;  // groups of four per thread looked at together; such batches in registers
+
+struct Found {
+  float value[BATCHES * BATCH][4];
+  u32 kept;  // bit 4 j + e
+};
+
+template <class F>
+AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* index, int* mask, float* value, F find) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  const int chunk = blockDim.x * BATCH * BATCHES, chunks = ((count + 3) / 4 + chunk - 1) / chunk;
+  Found found;
+  int mine = 0;
+  for (int c = 0; c < chunks; ++c) {
+    find(c * chunk, count, found);
+    mine += __popc(found.kept);
+  }
+  int upto = mine;
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const int other = __shfl_up_sync(0xffffffffu, upto, offset);
+    if (lane >= offset) upto += other;
+  }
+  if (lane == 31) counts[warp] = upto;
+  __syncthreads();
+  int at = upto - mine, total = 0;
+  for (int w = 0; w < warps; ++w) {
+    if (w < warp) at += counts[w];
+    total += counts[w];
+  }
+  const int low = (int)((i64)total * slice / slices), high = (int)((i64)total * (slice + 1) / slices);
+  for (int c = 0; c < chunks; ++c) {
+    if (chunks > 1) find(c * chunk, count, found);
+#pragma unroll
+    for (int j = 0; j < BATCHES * BATCH; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (found.kept >> (4 * j + e) & 1) {
+          if (at >= low && at < high) {
+            index[at - low] = 4 * (c * chunk + j * (int)blockDim.x + (int)threadIdx.x) + e;
+            value[at - low] = found.value[j][e];
+            if (mask) mask[at - low] = 1;
+          }
+          ++at;
+        }
+  }
+  __syncthreads();
+  return Range{low, high - low, total};
+}
+
+AS_DEVICE void load_quad(const float* from, int i, int count, float* to) {
+  if (i + 4 <= count) {
+    const float4 v = *reinterpret_cast<const float4*>(from + i);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
+    for (int e = 0; e < 4; ++e) to[e] = i + e < count ? from[i + e] : 0.0f;
+  }
+}
+
+// What the candidates' rule keeps of one row; the lists' own masks are all set then.
+AS_DEVICE void find_candidates(const Candidates& c, int start, int count, Found& found) {
+  found.kept = 0;
+#pragma unroll
+  for (int half = 0; half < BATCHES; ++half) {
+    float v[BATCH][4], other[BATCH][4];
+    int at[BATCH];
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) {
+      at[j] = 4 * (start + (half * BATCH + j) * (int)blockDim.x + (int)threadIdx.x);
+      for (int e = 0; e < 4; ++e) v[j][e] = 0.0f;
+      if (c.value && at[j] < count) load_quad(c.value, at[j], count, v[j]);
+    }
+    for (int s = 1; s < c.splits; ++s)
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j)
+        for (int e = 0; e < 4; ++e)
+          if (at[j] + e < count) v[j][e] += c.value[(i64)s * c.size + at[j] + e];
+    if (c.activation != 5)
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j)
+        for (int e = 0; e < 4; ++e) v[j][e] = activate(c.activation, v[j][e]);
+    if (c.second) {
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j)
+        if (at[j] < count) load_quad(c.second, at[j], count, other[j]);
+      for (int s = 1; s < c.second_splits; ++s)
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j)
+          for (int e = 0; e < 4; ++e)
+            if (at[j] + e < count) other[j][e] += c.second[(i64)s * c.size + at[j] + e];
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j)
+        for (int e = 0; e < 4; ++e) v[j][e] *= activate(c.second_activation, other[j][e]);
+    }
+    if (c.threshold) {
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) {
+        if (at[j] >= count) continue;
+        if (!c.index) {
+          load_quad(c.threshold, at[j], count, other[j]);
+        } else {
+          for (int e = 0; e < 4; ++e) other[j][e] = at[j] + e < count ? c.threshold[c.index[at[j] + e]] : 0.0f;
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        bool keep = at[j] + e < count;
+        if (c.positive)
+          keep = keep && !(v[j][e] <= 0.0f);
+        else if (c.threshold)
+          keep = keep && !(absolute(v[j][e]) < other[j][e]);
+        if (keep) {
+          found.kept |= 1u << (4 * (half * BATCH + j) + e);
+          if (c.mean) v[j][e] -= c.mean[c.index ? c.index[at[j] + e] : at[j] + e];
+        }
+        found.value[half * BATCH + j][e] = v[j][e];
+      }
+  }
+}
+
+// The kept among the candidates: this block's even share, neurons in index.
+AS_DEVICE Range choose(const Candidates& c, int rows, int slice, int slices, int* counts, int* index, int* mask, float* value) {
+  const int count = c.count ? *c.count : c.size;
+  if (B > 1)
+    return compact(count, slice, slices, counts, index, mask, value,
+                   [&](int i, int end) { return examine(c, rows, i, end); });
+  if (!c.threshold && !c.positive && !c.second && c.splits < 2 && c.activation == 5) {  // all of them
+    const int low = (int)((i64)count * slice / slices), high = (int)((i64)count * (slice + 1) / slices);
+    for (int i = low + threadIdx.x; i < high; i += blockDim.x) {
+      const int neuron = c.index ? c.index[i] : i;
+      index[i - low] = neuron;
+      value[i - low] = (c.value ? c.value[i] : 0.0f) - (c.mean ? c.mean[neuron] : 0.0f);
+      if (mask) mask[i - low] = 1;
+    }
+    __syncthreads();
+    return Range{low, high - low, count};
+  }
+  const Range range =
+      compact_one(count, slice, slices, counts, index, mask, value,
+                  [&](int start, int end, Found& found) { find_candidates(c, start, end, found); });
+  if (c.index) {
+    for (int i = threadIdx.x; i < range.count; i += blockDim.x) index[i] = c.index[index[i]];
+    __syncthreads();
+  }
+  return range;
+}
+
 // sum[b] += W[row, from ...] . x[b, from ...] over at most PART inputs, this lane's share.
 AS_DEVICE void dot_part(const u16* row, const float* x, int from, int size, float* sum) {
   const int lane = threadIdx.x & 31, half = half_of(size);
@@ -246,10 +397,8 @@ AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
   int* const chosen = reinterpret_cast<int*>(source + most * B);
   int* const masks = chosen + most;
   if (listed) {
-    const Candidates& c = p.candidates;
-    const int candidates = c.count ? *c.count : c.size;
-    const Range range = compact(candidates, blockIdx.x, blocks, reinterpret_cast<int*>(scratch), chosen, masks, source,
-                                [&](int i, int end) { return examine(c, p.rows, i, end); });
+    const Range range =
+        choose(p.candidates, p.rows, blockIdx.x, blocks, reinterpret_cast<int*>(scratch), chosen, masks, source);
     begin = range.begin;
     count = range.count;
     if (blockIdx.x == 0 && threadIdx.x == 0 && p.list_count) *p.list_count = range.total;
@@ -316,14 +465,33 @@ AS_DEVICE void columns(const Columns& p, float* shared) {
   float* const x = value + p.slice * (B + 1);
   Range range;
   if (p.candidates.size > 0) {
-    const Candidates& c = p.candidates;
-    range = compact(c.count ? *c.count : c.size, blockIdx.y, p.splits, reinterpret_cast<int*>(scratch), index, nullptr, value,
-                    [&](int i, int end) { return examine(c, p.rows, i, end); });
+    range = choose(p.candidates, p.rows, blockIdx.y, p.splits, reinterpret_cast<int*>(scratch), index, nullptr, value);
   } else {
     const int half = half_of(p.input.size);
     const float* const threshold = job.threshold;
     load_input(p.input, p.rows, x, scratch);
-    range = compact(p.input.size, blockIdx.y, p.splits, reinterpret_cast<int*>(scratch), index, nullptr, value,
+    if (B == 1)
+      range = compact_one(p.input.size, blockIdx.y, p.splits, reinterpret_cast<int*>(scratch), index, nullptr, value,
+                          [&](int start, int end, Found& found) {
+                            found.kept = 0;
+#pragma unroll
+                            for (int j = 0; j < BATCHES * BATCH; ++j) {
+                              const int i = 4 * (start + j * (int)blockDim.x + (int)threadIdx.x);
+                              if (i >= end) continue;
+                              const float4 v = *reinterpret_cast<const float4*>(x + place_of(i, half));
+                              const float4 least = threshold ? *reinterpret_cast<const float4*>(threshold + i)
+                                                             : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                              found.value[j][0] = v.x, found.value[j][1] = v.y;
+                              found.value[j][2] = v.z, found.value[j][3] = v.w;
+                              u32 kept = absolute(v.x) < least.x ? 0u : 1u;
+                              kept |= absolute(v.y) < least.y ? 0u : 2u;
+                              kept |= absolute(v.z) < least.z ? 0u : 4u;
+                              kept |= absolute(v.w) < least.w ? 0u : 8u;
+                              found.kept |= kept << 4 * j;
+                            }
+                          });
+    else
+      range = compact(p.input.size, blockIdx.y, p.splits, reinterpret_cast<int*>(scratch), index, nullptr, value,
                     [&](int i, int end) {
                       Kept k;
                       k.index = i;
