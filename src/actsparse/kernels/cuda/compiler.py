@@ -133,7 +133,7 @@ def _compiled(key: tuple[str, int, int, int]) -> bytes:
     architecture, dtype, rows, group = key
     options = [
         f"--gpu-architecture={architecture}", "--std=c++17", "--use_fast_math", f"-DAS_DTYPE={dtype}", f"-DAS_ROWS={rows}",
-        f"-DAS_GROUP={group}",
+        f"-DAS_GROUP={group}", *os.environ.get("AS_FLAGS", "").split(),
     ]  # fmt: skip
     major, minor = c_int(), c_int()
     _nvrtc().nvrtcVersion(byref(major), byref(minor))

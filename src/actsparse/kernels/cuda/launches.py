@@ -150,7 +150,7 @@ class Builder:
 
     def scratch(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for results."""
-        return self._empty(count, dtype)
+        return self._empty(count + 3 & ~3, dtype)
 
     def rows_product(
         self,
@@ -287,7 +287,8 @@ class Builder:
             chosen, keep = self.candidates_of(Kept(scores[0]), positive=True)
         elif rules.neurons is not None:
             neurons = rules.neurons.to(self.device, torch.int32).contiguous()
-            chosen, keep = Candidates(index=pointer(neurons), size=len(neurons)), (neurons,)
+            identity = ACTIVATIONS["identity"]
+            chosen, keep = Candidates(index=pointer(neurons), size=len(neurons), activation=identity), (neurons,)
 
         first = up if gate is None else gate
         options = {"threshold": rules.value_threshold, "mean": rules.mean}
@@ -380,6 +381,8 @@ def ffn_obstacle(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules
         rule is not None
         for rule in (rules.predictor_a, rules.neurons, rules.gate_threshold, rules.value_threshold, rules.mean)
     )
+    if sparse and up.shape[0] % 4 and rules.neurons is None:
+        return f"{up.shape[0]} neurons, expected a multiple of 4"
     if sparse and not last:
         return "down is stored by rows, its columns are to be skipped"
     if gate is not None and columns[0] != columns[1]:

@@ -48,7 +48,7 @@ constexpr int LEAST = 128;        // positions that a block takes before another
 
 // Grid: K * subgroups, splits.  Slots of lanes take positions in turns and keep their own maximum and sum.  The last block of
 // a head to arrive adds the others' results up, in their order.
-AS_KERNEL(256, 1) attention_kernel(AS_PARAMETER Attention p) {
+AS_KERNEL(256, 2) attention_kernel(AS_PARAMETER Attention p) {
   AS_SHARED;
   const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, size = p.head_dim;
   const int head = blockIdx.x / p.subgroups, subgroup = blockIdx.x - head * p.subgroups;
@@ -59,10 +59,7 @@ AS_KERNEL(256, 1) attention_kernel(AS_PARAMETER Attention p) {
   int splits = (total + LEAST - 1) / LEAST;
   splits = splits < p.splits ? splits : p.splits;
   const int split = blockIdx.y;
-  if (split >= splits) {
-    wait_for_previous();
-    return;
-  }
+  if (split >= splits) return;
   const int begin = oldest + (int)((i64)total * split / splits), end = oldest + (int)((i64)total * (split + 1) / splits);
   const int chunks = size / 8;  // 16-byte pieces of a head
   int lanes = 1;

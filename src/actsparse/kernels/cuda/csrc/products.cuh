@@ -64,42 +64,66 @@ AS_DEVICE int stored_size(int size) { return 2 * half_of(size); }
 // x lies in shared memory with the two halves of each group of eight apart: neighbouring lanes then meet different banks.
 AS_DEVICE int place_of(int i, int half) { return ((i >> 3) << 2) + (i & 3) + ((i & 4) ? half : 0); }
 
+AS_DEVICE float4 quad_at(const float* from, int q) { return *reinterpret_cast<const float4*>(from + 4 * q); }
+
 AS_DEVICE void load_input(const Input& in, int rows, float* x, float* scratch) {
+  constexpr int TOGETHER = 4;  // groups of four per thread whose loads are all under way before the first is used
   const int half = half_of(in.size), quads = in.size / 4;
   float square = 0.0f;
   for (int b = 0; b < B; ++b) {
     float* const to = x + b * 2 * half;
-#pragma unroll 2
-    for (int q = threadIdx.x; q < quads; q += blockDim.x) {
-      float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      if (b < rows) {
-        if (in.x) {
-          const u32* from = reinterpret_cast<const u32*>(in.x + (i64)b * in.size + 4 * q);
-          widen2(from[0], v[0], v[1]);
-          widen2(from[1], v[2], v[3]);
-        } else {
-          for (int s = 0; s < in.splits; ++s) {
-            const float4 part = *reinterpret_cast<const float4*>(in.parts + ((i64)s * rows + b) * in.size + 4 * q);
-            v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
-          }
-        }
-        if (in.residual) {
-          const float4 r = *reinterpret_cast<const float4*>(in.residual + 4 * q);
-          v[0] += r.x, v[1] += r.y, v[2] += r.z, v[3] += r.w;
-        }
-        if (in.residual_out && blockIdx.x == 0 && blockIdx.y == 0)
-          *reinterpret_cast<float4*>(in.residual_out + 4 * q) = make_float4(v[0], v[1], v[2], v[3]);
+    const int row = b < rows ? b : 0;  // rows that are not there are zeros
+    for (int begin = 0; begin < quads; begin += TOGETHER * blockDim.x) {
+      float4 v[TOGETHER];
+      int at[TOGETHER];
+#pragma unroll
+      for (int t = 0; t < TOGETHER; ++t) {
+        const int q = begin + t * (int)blockDim.x + (int)threadIdx.x;
+        at[t] = q < quads ? q : quads - 1;
+        v[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       }
-      for (int e = 0; e < 4; ++e) square += v[e] * v[e];
-      *reinterpret_cast<float4*>(to + place_of(4 * q, half)) = make_float4(v[0], v[1], v[2], v[3]);
+      if (in.x) {
+#pragma unroll
+        for (int t = 0; t < TOGETHER; ++t) {
+          const u32* const from = reinterpret_cast<const u32*>(in.x + (i64)row * in.size + 4 * at[t]);
+          widen2(from[0], v[t].x, v[t].y);
+          widen2(from[1], v[t].z, v[t].w);
+        }
+      }
+      if (in.residual) {
+#pragma unroll
+        for (int t = 0; t < TOGETHER; ++t) v[t] = quad_at(in.residual, at[t]);
+      }
+      for (int s = 0; s < in.splits; ++s) {
+        const float* const from = in.parts + ((i64)s * rows + row) * in.size;
+#pragma unroll
+        for (int t = 0; t < TOGETHER; ++t) {
+          const float4 part = quad_at(from, at[t]);
+          v[t].x += part.x, v[t].y += part.y, v[t].z += part.z, v[t].w += part.w;
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < TOGETHER; ++t) {
+        const int q = begin + t * (int)blockDim.x + (int)threadIdx.x;
+        if (q >= quads) continue;
+        if (b >= rows) v[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (in.residual_out && blockIdx.x == 0 && blockIdx.y == 0)
+          *reinterpret_cast<float4*>(in.residual_out + 4 * q) = v[t];
+        if (in.norm) {
+          square += v[t].x * v[t].x + v[t].y * v[t].y + v[t].z * v[t].z + v[t].w * v[t].w;
+          const float4 w = quad_at(in.norm, q);
+          v[t].x *= w.x, v[t].y *= w.y, v[t].z *= w.z, v[t].w *= w.w;
+        }
+        *reinterpret_cast<float4*>(to + place_of(4 * q, half)) = v[t];
+      }
     }
   }
   if (in.norm) {
     const float scale = rsqrtf(block_sum(square, scratch) / in.size + in.eps);
-    for (int q = threadIdx.x; q < quads; q += blockDim.x) {
+    for (int q = threadIdx.x; q < quads; q += blockDim.x) {  // each thread its own values
       float4* const at = reinterpret_cast<float4*>(x + place_of(4 * q, half));
-      const float4 v = *at, w = *reinterpret_cast<const float4*>(in.norm + 4 * q);
-      *at = make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
+      const float4 v = *at;
+      *at = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
     }
   }
   __syncthreads();
@@ -191,7 +215,7 @@ AS_DEVICE Range compact(int count, int slice, int slices, int* counts, int* inde
 
 // One row of x: each thread looks at groups of four candidates, all loads of a batch before their first use.  The list's order
 // is by thread, then by candidate.
-constexpr int BATCH = 4, BATCHES = 2;  // groups of four per thread looked at together; such batches in registers
+constexpr int BATCH = 2, BATCHES = 4;  // groups of four per thread looked at together; such batches in registers
 
 struct Found {
   float value[BATCHES * BATCH][4];
@@ -240,76 +264,75 @@ AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* 
   return Range{low, high - low, total};
 }
 
-AS_DEVICE void load_quad(const float* from, int i, int count, float* to) {
-  if (i + 4 <= count) {
-    const float4 v = *reinterpret_cast<const float4*>(from + i);
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-  } else {
-    for (int e = 0; e < 4; ++e) to[e] = i + e < count ? from[i + e] : 0.0f;
-  }
-}
-
-// What the candidates' rule keeps of one row; the lists' own masks are all set then.
+// What the candidates' rule keeps of one row; the lists' own masks are all set then.  Sizes are multiples of four.
 AS_DEVICE void find_candidates(const Candidates& c, int start, int count, Found& found) {
   found.kept = 0;
 #pragma unroll
-  for (int half = 0; half < BATCHES; ++half) {
-    float v[BATCH][4], other[BATCH][4];
+  for (int batch = 0; batch < BATCHES; ++batch) {
+    float4 value[BATCH], second[BATCH], least[BATCH];
     int at[BATCH];
 #pragma unroll
     for (int j = 0; j < BATCH; ++j) {
-      at[j] = 4 * (start + (half * BATCH + j) * (int)blockDim.x + (int)threadIdx.x);
-      for (int e = 0; e < 4; ++e) v[j][e] = 0.0f;
-      if (c.value && at[j] < count) load_quad(c.value, at[j], count, v[j]);
+      const int q = start + (batch * BATCH + j) * (int)blockDim.x + (int)threadIdx.x;
+      at[j] = 4 * q < c.size ? q : 0;
+    }
+    if (4 * (start + batch * BATCH * (int)blockDim.x) >= count) {
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j)
+        for (int e = 0; e < 4; ++e) found.value[batch * BATCH + j][e] = 0.0f;
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j) value[j] = quad_at(c.value, at[j]);
+    if (c.second) {
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) second[j] = quad_at(c.second, at[j]);
+    }
+    if (c.threshold) {
+      if (!c.index) {
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) least[j] = quad_at(c.threshold, at[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+          int neuron[4];
+          for (int e = 0; e < 4; ++e) neuron[e] = 4 * at[j] + e < count ? c.index[4 * at[j] + e] : 0;
+          least[j] = make_float4(c.threshold[neuron[0]], c.threshold[neuron[1]], c.threshold[neuron[2]],
+                                 c.threshold[neuron[3]]);
+        }
+      }
     }
     for (int s = 1; s < c.splits; ++s)
 #pragma unroll
-      for (int j = 0; j < BATCH; ++j)
-        for (int e = 0; e < 4; ++e)
-          if (at[j] + e < count) v[j][e] += c.value[(i64)s * c.size + at[j] + e];
-    if (c.activation != 5)
-#pragma unroll
-      for (int j = 0; j < BATCH; ++j)
-        for (int e = 0; e < 4; ++e) v[j][e] = activate(c.activation, v[j][e]);
-    if (c.second) {
-#pragma unroll
-      for (int j = 0; j < BATCH; ++j)
-        if (at[j] < count) load_quad(c.second, at[j], count, other[j]);
-      for (int s = 1; s < c.second_splits; ++s)
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j)
-          for (int e = 0; e < 4; ++e)
-            if (at[j] + e < count) other[j][e] += c.second[(i64)s * c.size + at[j] + e];
-#pragma unroll
-      for (int j = 0; j < BATCH; ++j)
-        for (int e = 0; e < 4; ++e) v[j][e] *= activate(c.second_activation, other[j][e]);
-    }
-    if (c.threshold) {
+      for (int j = 0; j < BATCH; ++j) {
+        const float4 part = quad_at(c.value + (i64)s * c.size, at[j]);
+        value[j].x += part.x, value[j].y += part.y, value[j].z += part.z, value[j].w += part.w;
+      }
+    for (int s = 1; s < c.second_splits; ++s)
 #pragma unroll
       for (int j = 0; j < BATCH; ++j) {
-        if (at[j] >= count) continue;
-        if (!c.index) {
-          load_quad(c.threshold, at[j], count, other[j]);
-        } else {
-          for (int e = 0; e < 4; ++e) other[j][e] = at[j] + e < count ? c.threshold[c.index[at[j] + e]] : 0.0f;
-        }
+        const float4 part = quad_at(c.second + (i64)s * c.size, at[j]);
+        second[j].x += part.x, second[j].y += part.y, second[j].z += part.z, second[j].w += part.w;
       }
-    }
 #pragma unroll
-    for (int j = 0; j < BATCH; ++j)
+    for (int j = 0; j < BATCH; ++j) {
+      float v[4] = {value[j].x, value[j].y, value[j].z, value[j].w};
+      const float u[4] = {second[j].x, second[j].y, second[j].z, second[j].w};
+      const float t[4] = {least[j].x, least[j].y, least[j].z, least[j].w};
+      const int i = 4 * (start + (batch * BATCH + j) * (int)blockDim.x + (int)threadIdx.x);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        bool keep = at[j] + e < count;
+        if (c.activation != 5) v[e] = activate(c.activation, v[e]);
+        if (c.second) v[e] *= c.second_activation == 5 ? u[e] : activate(c.second_activation, u[e]);
+        bool keep = i + e < count;
         if (c.positive)
-          keep = keep && !(v[j][e] <= 0.0f);
+          keep = keep && !(v[e] <= 0.0f);
         else if (c.threshold)
-          keep = keep && !(absolute(v[j][e]) < other[j][e]);
-        if (keep) {
-          found.kept |= 1u << (4 * (half * BATCH + j) + e);
-          if (c.mean) v[j][e] -= c.mean[c.index ? c.index[at[j] + e] : at[j] + e];
-        }
-        found.value[half * BATCH + j][e] = v[j][e];
+          keep = keep && !(absolute(v[e]) < t[e]);
+        if (keep) found.kept |= 1u << (4 * (batch * BATCH + j) + e);
+        found.value[batch * BATCH + j][e] = v[e];
       }
+    }
   }
 }
 
@@ -333,8 +356,11 @@ AS_DEVICE Range choose(const Candidates& c, int rows, int slice, int slices, int
   const Range range =
       compact_one(count, slice, slices, counts, index, mask, value,
                   [&](int start, int end, Found& found) { find_candidates(c, start, end, found); });
-  if (c.index) {
-    for (int i = threadIdx.x; i < range.count; i += blockDim.x) index[i] = c.index[index[i]];
+  if (c.index || c.mean) {
+    for (int i = threadIdx.x; i < range.count; i += blockDim.x) {
+      if (c.index) index[i] = c.index[index[i]];
+      if (c.mean) value[i] -= c.mean[index[i]];
+    }
     __syncthreads();
   }
   return range;
@@ -379,7 +405,9 @@ AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
   const bool listed = p.candidates.size > 0, paired = p.mode == PAIRED;
   const int size = p.input.size, parts = (size + PART - 1) / PART, per_unit = paired ? 2 * parts : parts;
   int begin = (int)((i64)p.units * blockIdx.x / blocks), count = (int)((i64)p.units * (blockIdx.x + 1) / blocks) - begin;
+#ifndef AS_LATE
   let_next_start();
+#endif
   if (!listed && (int)threadIdx.x < p.prefetch_rows) {
     const int matrix = paired ? threadIdx.x & 1 : 0, unit = begin + (paired ? threadIdx.x >> 1 : threadIdx.x);
     if (unit < begin + count) {
@@ -418,6 +446,9 @@ AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
       if (lane == 0) results[item * B + b] = whole;
     }
   }
+#ifdef AS_LATE
+  let_next_start();
+#endif
   __syncthreads();
   for (int at = threadIdx.x; at < count * p.rows; at += blockDim.x) {
     const int b = at / count, unit = at - b * count;
@@ -457,7 +488,9 @@ AS_DEVICE void columns(const Columns& p, float* shared) {
   constexpr int LANES = TILE / 8;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const Job& job = job_of(p.job, p.jobs, blockIdx.x);
+#ifndef AS_LATE
   let_next_start();
+#endif
   wait_for_previous();
   float* const scratch = shared;
   float* const value = scratch + 32;
@@ -533,6 +566,9 @@ AS_DEVICE void columns(const Columns& p, float* shared) {
       }
     }
   }
+#ifdef AS_LATE
+  let_next_start();
+#endif
   __syncthreads();  // the list is used up: its place holds the warps' sums
   float* const results = value;
 #pragma unroll
