@@ -25,6 +25,7 @@ DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 OLDEST = 80  # compute capability: bfloat16 arithmetic
 _SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -124,6 +125,8 @@ def _functions(index: int, dtype: int, rows: int, group: int) -> dict[str, c_voi
             _check(driver.cuModuleGetFunction(byref(function), module, f"{name}_kernel".encode()), name)
             limit = machine(index).shared_bytes
             _check(driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, limit), f"shared memory of {name}")
+            # One division of L1 for all: a multiprocessor has to be empty to change it, and kernels are to overlap.
+            _check(driver.cuFuncSetAttribute(function, _CARVEOUT, 100), f"shared memory of {name}")
             functions[name] = function
     return functions
 

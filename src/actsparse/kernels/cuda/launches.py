@@ -186,8 +186,8 @@ class Builder:
         blocks = min(self.machine.processors, units)
         part = 2048 if compiled <= 2 else 1024
         per_unit = (size + part - 1) // part * (2 if paired else 1)
-        most = -(-units // blocks) + 1
-        shared = 4 * (compiled * _padded(size) + 32 + most * (per_unit * compiled + compiled + 2))
+        most = -(-units // blocks) + 4 & ~3
+        shared = 4 * (compiled * _padded(size) + 32 + most * (per_unit * compiled + compiled + 2) + self._found(candidates))
         self._check_shared(shared)
         row_bytes = 2 * size
         p = Rows(x, candidates or Candidates(), jobs)
@@ -225,7 +225,8 @@ class Builder:
         while True:
             entries = -(-size // splits) + 4 & ~3
             list_floats = max(entries * (self.compiled + 1), THREADS // 32 * self.compiled * tile)
-            shared = 4 * (32 + list_floats + (self.compiled * _padded(size) if x is not None else 0))
+            values = self.compiled * _padded(size) if x is not None else self._found(candidates)
+            shared = 4 * (32 + list_floats + values)
             if shared <= self.machine.shared_bytes or (tile == 32 and splits >= 64):
                 break
             tile, splits = (tile // 2, splits) if tile > 32 and splits >= 4 else (tile, splits * 2)
@@ -350,6 +351,10 @@ class Builder:
             while tiles(tile) * splits * 6 < 5 * self.machine.processors and splits < 8:
                 splits *= 2
         return tile, splits
+
+    def _found(self, candidates: Candidates | None) -> int:
+        """Floats of shared memory for the values that a rule looks at."""
+        return candidates.size + 3 & ~3 if candidates is not None and self.compiled == 1 else 0
 
     def _check_shared(self, shared: int) -> None:
         if shared > self.machine.shared_bytes:

@@ -44,7 +44,7 @@ AS_DEVICE void prepare_head(const float* parts, int splits, i64 stride, const fl
 }
 
 constexpr int EARLY = 4;          // positions of a slot whose keys and values are read before the previous kernel is done
-constexpr int LEAST = 128;        // positions that a block takes before another one joins
+constexpr int LEAST = 256;        // positions that a block takes before another one joins
 
 // Grid: K * subgroups, splits.  Slots of lanes take positions in turns and keep their own maximum and sum.  The last block of
 // a head to arrive adds the others' results up, in their order.

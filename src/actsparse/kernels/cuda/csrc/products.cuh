@@ -213,25 +213,21 @@ AS_DEVICE Range compact(int count, int slice, int slices, int* counts, int* inde
   return Range{low, high - low, total};
 }
 
-// One row of x: each thread looks at groups of four candidates, all loads of a batch before their first use.  The list's order
-// is by thread, then by candidate.
-constexpr int BATCH = 2, BATCHES = 4;  // groups of four per thread looked at together; such batches in registers
+// One row of x: each thread looks at groups of four candidates and remembers one bit each.  The list's order is by thread, then
+// by candidate.  look(i0, i1) examines the groups at i0 and i1 and returns their bits; value_at(i) is what was found.
+constexpr int MOST_SINGLE = 16 * 4 * 512;  // candidates that the bits of a block of 512 threads can stand for
 
-struct Found {
-  float value[BATCHES * BATCH][4];
-  u32 kept;  // bit 4 j + e
-};
-
-template <class F>
-AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* index, int* mask, float* value, F find) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  const int chunk = blockDim.x * BATCH * BATCHES, chunks = ((count + 3) / 4 + chunk - 1) / chunk;
-  Found found;
-  int mine = 0;
-  for (int c = 0; c < chunks; ++c) {
-    find(c * chunk, count, found);
-    mine += __popc(found.kept);
+template <class Look, class Value>
+AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* index, int* mask, float* value, Look look,
+                            Value value_at) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, stride = 4 * blockDim.x;
+  const int groups = (count + stride - 1) / stride;
+  unsigned long long kept = 0;
+  for (int j = 0; j < groups; j += 2) {
+    const int i = j * stride + 4 * threadIdx.x;
+    kept |= (unsigned long long)look(i, i + stride) << 4 * j;
   }
+  const int mine = __popc((u32)kept) + __popc((u32)(kept >> 32));
   int upto = mine;
   for (int offset = 1; offset < 32; offset <<= 1) {
     const int other = __shfl_up_sync(0xffffffffu, upto, offset);
@@ -245,101 +241,85 @@ AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* 
     total += counts[w];
   }
   const int low = (int)((i64)total * slice / slices), high = (int)((i64)total * (slice + 1) / slices);
-  for (int c = 0; c < chunks; ++c) {
-    if (chunks > 1) find(c * chunk, count, found);
-#pragma unroll
-    for (int j = 0; j < BATCHES * BATCH; ++j)
-#pragma unroll
+  if (at < high && at + mine > low)
+    for (int j = 0; j < groups; ++j) {
+      const u32 four = (u32)(kept >> 4 * j) & 15u;
       for (int e = 0; e < 4; ++e)
-        if (found.kept >> (4 * j + e) & 1) {
+        if (four >> e & 1) {
           if (at >= low && at < high) {
-            index[at - low] = 4 * (c * chunk + j * (int)blockDim.x + (int)threadIdx.x) + e;
-            value[at - low] = found.value[j][e];
+            const int i = j * stride + 4 * threadIdx.x + e;
+            index[at - low] = i;
+            value[at - low] = value_at(i);
             if (mask) mask[at - low] = 1;
           }
           ++at;
         }
-  }
+    }
   __syncthreads();
   return Range{low, high - low, total};
 }
 
-// What the candidates' rule keeps of one row; the lists' own masks are all set then.  Sizes are multiples of four.
-AS_DEVICE void find_candidates(const Candidates& c, int start, int count, Found& found) {
-  found.kept = 0;
+// Eight of one row's candidates; their values go to found.  Sizes are multiples of four.
+AS_DEVICE u32 look_at_candidates(const Candidates& c, int count, const int (&i)[2], float* found) {
+  float4 value[2], second[2], least[2];
+  int q[2];
 #pragma unroll
-  for (int batch = 0; batch < BATCHES; ++batch) {
-    float4 value[BATCH], second[BATCH], least[BATCH];
-    int at[BATCH];
+  for (int j = 0; j < 2; ++j) q[j] = i[j] < c.size ? i[j] / 4 : 0;
 #pragma unroll
-    for (int j = 0; j < BATCH; ++j) {
-      const int q = start + (batch * BATCH + j) * (int)blockDim.x + (int)threadIdx.x;
-      at[j] = 4 * q < c.size ? q : 0;
-    }
-    if (4 * (start + batch * BATCH * (int)blockDim.x) >= count) {
+  for (int j = 0; j < 2; ++j) {
+    value[j] = quad_at(c.value, q[j]);
+    second[j] = least[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+  if (c.second) {
 #pragma unroll
-      for (int j = 0; j < BATCH; ++j)
-        for (int e = 0; e < 4; ++e) found.value[batch * BATCH + j][e] = 0.0f;
-      continue;
-    }
+    for (int j = 0; j < 2; ++j) second[j] = quad_at(c.second, q[j]);
+  }
+  if (c.threshold && !c.index) {
 #pragma unroll
-    for (int j = 0; j < BATCH; ++j) value[j] = quad_at(c.value, at[j]);
-    if (c.second) {
+    for (int j = 0; j < 2; ++j) least[j] = quad_at(c.threshold, q[j]);
+  } else if (c.threshold) {
 #pragma unroll
-      for (int j = 0; j < BATCH; ++j) second[j] = quad_at(c.second, at[j]);
-    }
-    if (c.threshold) {
-      if (!c.index) {
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) least[j] = quad_at(c.threshold, at[j]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-          int neuron[4];
-          for (int e = 0; e < 4; ++e) neuron[e] = 4 * at[j] + e < count ? c.index[4 * at[j] + e] : 0;
-          least[j] = make_float4(c.threshold[neuron[0]], c.threshold[neuron[1]], c.threshold[neuron[2]],
-                                 c.threshold[neuron[3]]);
-        }
-      }
-    }
-    for (int s = 1; s < c.splits; ++s)
-#pragma unroll
-      for (int j = 0; j < BATCH; ++j) {
-        const float4 part = quad_at(c.value + (i64)s * c.size, at[j]);
-        value[j].x += part.x, value[j].y += part.y, value[j].z += part.z, value[j].w += part.w;
-      }
-    for (int s = 1; s < c.second_splits; ++s)
-#pragma unroll
-      for (int j = 0; j < BATCH; ++j) {
-        const float4 part = quad_at(c.second + (i64)s * c.size, at[j]);
-        second[j].x += part.x, second[j].y += part.y, second[j].z += part.z, second[j].w += part.w;
-      }
-#pragma unroll
-    for (int j = 0; j < BATCH; ++j) {
-      float v[4] = {value[j].x, value[j].y, value[j].z, value[j].w};
-      const float u[4] = {second[j].x, second[j].y, second[j].z, second[j].w};
-      const float t[4] = {least[j].x, least[j].y, least[j].z, least[j].w};
-      const int i = 4 * (start + (batch * BATCH + j) * (int)blockDim.x + (int)threadIdx.x);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (c.activation != 5) v[e] = activate(c.activation, v[e]);
-        if (c.second) v[e] *= c.second_activation == 5 ? u[e] : activate(c.second_activation, u[e]);
-        bool keep = i + e < count;
-        if (c.positive)
-          keep = keep && !(v[e] <= 0.0f);
-        else if (c.threshold)
-          keep = keep && !(absolute(v[e]) < t[e]);
-        if (keep) found.kept |= 1u << (4 * (batch * BATCH + j) + e);
-        found.value[batch * BATCH + j][e] = v[e];
-      }
+    for (int j = 0; j < 2; ++j) {
+      int neuron[4];
+      for (int e = 0; e < 4; ++e) neuron[e] = i[j] + e < count ? c.index[i[j] + e] : 0;
+      least[j] = make_float4(c.threshold[neuron[0]], c.threshold[neuron[1]], c.threshold[neuron[2]], c.threshold[neuron[3]]);
     }
   }
+  for (int s = 1; s < c.splits; ++s)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float4 part = quad_at(c.value + (i64)s * c.size, q[j]);
+      value[j].x += part.x, value[j].y += part.y, value[j].z += part.z, value[j].w += part.w;
+    }
+  for (int s = 1; s < c.second_splits; ++s)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float4 part = quad_at(c.second + (i64)s * c.size, q[j]);
+      second[j].x += part.x, second[j].y += part.y, second[j].z += part.z, second[j].w += part.w;
+    }
+  u32 kept = 0;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    float v[4] = {value[j].x, value[j].y, value[j].z, value[j].w};
+    const float u[4] = {second[j].x, second[j].y, second[j].z, second[j].w};
+    const float t[4] = {least[j].x, least[j].y, least[j].z, least[j].w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (c.activation != 5) v[e] = activate(c.activation, v[e]);
+      if (c.second) v[e] *= c.second_activation == 5 ? u[e] : activate(c.second_activation, u[e]);
+      const bool keep = c.positive ? !(v[e] <= 0.0f) : !(absolute(v[e]) < t[e]);
+      if (i[j] + e < count && keep) kept |= 1u << (4 * j + e);
+    }
+    if (i[j] < c.size) *reinterpret_cast<float4*>(found + i[j]) = make_float4(v[0], v[1], v[2], v[3]);
+  }
+  return kept;
 }
 
 // The kept among the candidates: this block's even share, neurons in index.
-AS_DEVICE Range choose(const Candidates& c, int rows, int slice, int slices, int* counts, int* index, int* mask, float* value) {
+AS_DEVICE Range choose(const Candidates& c, int rows, int slice, int slices, int* counts, int* index, int* mask, float* value,
+                       float* found) {
   const int count = c.count ? *c.count : c.size;
-  if (B > 1)
+  if (B > 1 || c.size > MOST_SINGLE)
     return compact(count, slice, slices, counts, index, mask, value,
                    [&](int i, int end) { return examine(c, rows, i, end); });
   if (!c.threshold && !c.positive && !c.second && c.splits < 2 && c.activation == 5) {  // all of them
@@ -355,7 +335,11 @@ AS_DEVICE Range choose(const Candidates& c, int rows, int slice, int slices, int
   }
   const Range range =
       compact_one(count, slice, slices, counts, index, mask, value,
-                  [&](int start, int end, Found& found) { find_candidates(c, start, end, found); });
+                  [&](int first, int next) {
+                    const int i[2] = {first, next};
+                    return look_at_candidates(c, count, i, found);
+                  },
+                  [&](int i) { return found[i]; });
   if (c.index || c.mean) {
     for (int i = threadIdx.x; i < range.count; i += blockDim.x) {
       if (c.index) index[i] = c.index[index[i]];
@@ -419,14 +403,15 @@ AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
   float* const x = shared;
   float* const scratch = x + B * stored_size(size);
   load_input(p.input, p.rows, x, scratch);
-  const int most = (p.units + blocks - 1) / blocks + 1;
+  const int most = ((p.units + blocks - 1) / blocks + 4) & ~3;
   float* const results = scratch + 32;
   float* const source = results + (i64)most * per_unit * B;
   int* const chosen = reinterpret_cast<int*>(source + most * B);
   int* const masks = chosen + most;
   if (listed) {
     const Range range =
-        choose(p.candidates, p.rows, blockIdx.x, blocks, reinterpret_cast<int*>(scratch), chosen, masks, source);
+        choose(p.candidates, p.rows, blockIdx.x, blocks, reinterpret_cast<int*>(scratch), chosen, masks, source,
+                               reinterpret_cast<float*>(masks + most));
     begin = range.begin;
     count = range.count;
     if (blockIdx.x == 0 && threadIdx.x == 0 && p.list_count) *p.list_count = range.total;
@@ -498,31 +483,27 @@ AS_DEVICE void columns(const Columns& p, float* shared) {
   float* const x = value + p.slice * (B + 1);
   Range range;
   if (p.candidates.size > 0) {
-    range = choose(p.candidates, p.rows, blockIdx.y, p.splits, reinterpret_cast<int*>(scratch), index, nullptr, value);
+    range = choose(p.candidates, p.rows, blockIdx.y, p.splits, reinterpret_cast<int*>(scratch), index, nullptr, value, x);
   } else {
     const int half = half_of(p.input.size);
     const float* const threshold = job.threshold;
     load_input(p.input, p.rows, x, scratch);
-    if (B == 1)
+    if (B == 1 && p.input.size <= MOST_SINGLE)
       range = compact_one(p.input.size, blockIdx.y, p.splits, reinterpret_cast<int*>(scratch), index, nullptr, value,
-                          [&](int start, int end, Found& found) {
-                            found.kept = 0;
-#pragma unroll
-                            for (int j = 0; j < BATCHES * BATCH; ++j) {
-                              const int i = 4 * (start + j * (int)blockDim.x + (int)threadIdx.x);
-                              if (i >= end) continue;
+                          [&](int i, int next) {
+                            u32 kept = 0;
+                            for (int j = 0; j < 8; j += 4, i = next) {
+                              if (i >= p.input.size) continue;
                               const float4 v = *reinterpret_cast<const float4*>(x + place_of(i, half));
-                              const float4 least = threshold ? *reinterpret_cast<const float4*>(threshold + i)
-                                                             : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                              found.value[j][0] = v.x, found.value[j][1] = v.y;
-                              found.value[j][2] = v.z, found.value[j][3] = v.w;
-                              u32 kept = absolute(v.x) < least.x ? 0u : 1u;
-                              kept |= absolute(v.y) < least.y ? 0u : 2u;
-                              kept |= absolute(v.z) < least.z ? 0u : 4u;
-                              kept |= absolute(v.w) < least.w ? 0u : 8u;
-                              found.kept |= kept << 4 * j;
+                              const float4 t = threshold ? quad_at(threshold, i / 4) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                              kept |= absolute(v.x) < t.x ? 0u : 1u << j;
+                              kept |= absolute(v.y) < t.y ? 0u : 2u << j;
+                              kept |= absolute(v.z) < t.z ? 0u : 4u << j;
+                              kept |= absolute(v.w) < t.w ? 0u : 8u << j;
                             }
-                          });
+                            return kept;
+                          },
+                          [&](int i) { return x[place_of(i, half)]; });
     else
       range = compact(p.input.size, blockIdx.y, p.splits, reinterpret_cast<int*>(scratch), index, nullptr, value,
                     [&](int i, int end) {
