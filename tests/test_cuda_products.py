@@ -1,4 +1,4 @@
-"""The CUDA products against float64, with NaN in every weight that must not be read: emulated here, on a GPU where there is one.
+"""The CUDA products against float64, NaN in every weight that must not be read: emulated, and on a GPU where there is one.
 
 Shape letters: B rows, I inputs, O outputs, H hidden, N neurons.
 """

@@ -191,6 +191,7 @@ AS_DEVICE Vec8 load_weights(const uint16_t* at) {
   std::memcpy(&v, at, 16);
   return v;
 }
+#include "selection.cuh"
 #include "products.cuh"
 #include "attention.cuh"
 

@@ -99,7 +99,7 @@ class Decoder:
         if device.type not in ("cpu", "cuda"):
             return f"the model is on {device}, the native decode step runs on the CPU and on CUDA"
         cuda = device.type == "cuda"
-        missing = kernels.cuda.device_obstacle(device.index) if cuda else kernels.cpu.missing
+        missing = kernels.cuda.device_obstacle(device.index or 0) if cuda else kernels.cpu.missing
         if missing:
             return missing
         try:

@@ -80,7 +80,7 @@ class Generation:
         prefill_tokens: as above.
         prefill_s: time to the prompt's logits.
         decode_s: time of the decode steps, which are one fewer than the tokens (the first comes from the prefill).
-        weights_read_bytes: weight bytes read per decode step, as counted by the kernels; None on transformers' path.
+        weights_read_bytes: weight bytes read per decode step, as counted by the CPU kernels; None elsewhere.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -248,6 +248,7 @@ class _Native:
         self._decoder = Decoder(model, cache_length)
         self._fed: list[int] = []
         weight = model.get_output_embeddings().weight
+        self._counts = weight.is_cpu
         with torch.no_grad():
             self.path = f"native decode step, {kernels.explain(weight[:1], weight)}"
 
@@ -289,7 +290,8 @@ class _Native:
             began = time.perf_counter()
             logits = decoder.step(token)
             result.decode_s += chosen_s + time.perf_counter() - began
-            result.weights_read_bytes = (kernels.stats()["bytes"] - bytes_before) / len(result.tokens)
+            if self._counts:
+                result.weights_read_bytes = (kernels.stats()["bytes"] - bytes_before) / len(result.tokens)
 
 
 class _Transformers:
@@ -424,7 +426,7 @@ class _seeded:
 def _choose(logits: torch.Tensor, tokens: list[int], warpers: LogitsProcessorList, *, greedy: bool) -> int:
     if greedy:
         return int(logits.argmax())
-    scores = warpers(torch.tensor([tokens]), logits[None])
+    scores = warpers(torch.tensor([tokens]), logits[None].cpu())
     return int(torch.multinomial(scores.softmax(dim=-1), 1))
 
 

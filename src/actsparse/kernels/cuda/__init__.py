@@ -9,6 +9,6 @@ from .launches import ffn_obstacle, layout_obstacle, linear_obstacle
 from .products import gated_ffn, linear
 
 __all__ = [
-    "DTYPES", "CudaError", "architecture", "decoder", "device_obstacle", "ffn_obstacle", "gated_ffn", "layout_obstacle", "linear",
-    "linear_obstacle", "missing",
+    "DTYPES", "CudaError", "architecture", "decoder", "device_obstacle", "ffn_obstacle", "gated_ffn", "layout_obstacle",
+    "linear", "linear_obstacle", "missing",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 from .launches import Machine, compiled_rows
 from .structures import Launch, address
 
-SOURCES = ("primitives.cuh", "products.cuh", "attention.cuh")
+SOURCES = ("primitives.cuh", "selection.cuh", "products.cuh", "attention.cuh")
 KERNELS = ("rows", "columns32", "columns64", "columns128", "columns256", "finish", "attention", "embedding")
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 OLDEST = 80  # compute capability: bfloat16 arithmetic
@@ -136,7 +136,7 @@ def _compiled(key: tuple[str, int, int, int]) -> bytes:
     architecture, dtype, rows, group = key
     options = [
         f"--gpu-architecture={architecture}", "--std=c++17", "--use_fast_math", f"-DAS_DTYPE={dtype}", f"-DAS_ROWS={rows}",
-        f"-DAS_GROUP={group}", *os.environ.get("AS_FLAGS", "").split(),
+        f"-DAS_GROUP={group}",
     ]  # fmt: skip
     major, minor = c_int(), c_int()
     _nvrtc().nvrtcVersion(byref(major), byref(minor))

@@ -258,9 +258,7 @@ class _Step:
             return input_of(Parts(self._streams[0], 0, self._hidden), self._hidden, residual=self._streams[0],
                             norm=(norm.weight, norm.eps))  # fmt: skip
         before, after = self._streams
-        x = input_of(
-            self._pending, self._hidden, residual=before, residual_out=after, norm=(norm.weight, norm.eps)
-        )
+        x = input_of(self._pending, self._hidden, residual=before, residual_out=after, norm=(norm.weight, norm.eps))
         self._streams = [after, before]
         self._pending = None
         return x
@@ -288,7 +286,7 @@ class _Step:
         size, group = decoder.head_dim, decoder.group
         lanes = min(32, 1 << (size // 8 - 1).bit_length())
         slots = _ATTENTION_THREADS // lanes
-        floats = (group + 2) * size + slots * group * (size + 2)
+        floats = (group + 2) * size + group * 128 + 4 * ((3 * group + 3) // 4) + slots * group * size
         build.launches.append(
             Launch("attention", (decoder.kv_heads * subgroups, self._splits), _ATTENTION_THREADS, 4 * floats, p,
                    (layer, q, k, v, y, self._partial, self._arrived))
@@ -311,4 +309,3 @@ class _Step:
             assert isinstance(got, list)
             results |= zip(by_rows, got, strict=True)
         return results
-

@@ -141,7 +141,11 @@ class Builder:
     """
 
     def __init__(
-        self, machine: Machine, device: torch.device, rows: int, empty: Callable[[int, torch.dtype], Tensor] | None = None
+        self,
+        machine: Machine,
+        device: torch.device,
+        rows: int,
+        empty: Callable[[int, torch.dtype], Tensor] | None = None,
     ) -> None:
         self.machine, self.device, self.rows = machine, device, rows
         self.compiled = compiled_rows(rows)
@@ -179,7 +183,14 @@ class Builder:
             bias = vector(matrix.bias, self.device)
             keep = (*keep, matrix.weight, bias, y)
             jobs[at] = Job(
-                pointer(matrix.weight), pointer(bias), None, pointer(y), pointer(rounded), matrix.stride, matrix.out, begin
+                pointer(matrix.weight),
+                pointer(bias),
+                None,
+                pointer(y),
+                pointer(rounded),
+                matrix.stride,
+                matrix.out,
+                begin,
             )
             begin += 0 if paired else matrix.out
         units = candidates.size if candidates is not None else matrices[0].out if paired else begin
@@ -187,7 +198,9 @@ class Builder:
         part = 2048 if compiled <= 2 else 1024
         per_unit = (size + part - 1) // part * (2 if paired else 1)
         most = -(-units // blocks) + 4 & ~3
-        shared = 4 * (compiled * _padded(size) + 32 + most * (per_unit * compiled + compiled + 2) + self._found(candidates))
+        shared = 4 * (
+            compiled * _padded(size) + 32 + most * (per_unit * compiled + compiled + 2) + self._found(candidates)
+        )
         self._check_shared(shared)
         row_bytes = 2 * size
         p = Rows(x, candidates or Candidates(), jobs)
@@ -245,9 +258,7 @@ class Builder:
             )  # fmt: skip
             begin += -(-matrix.out // tile)
         p = Columns(x or Input(), candidates or Candidates(), jobs, len(matrices), splits, self.rows, entries)
-        self.launches.append(
-            Launch(f"columns{tile}", (begin, splits), THREADS, shared, p, (keep, rounded, candidates))
-        )
+        self.launches.append(Launch(f"columns{tile}", (begin, splits), THREADS, shared, p, (keep, rounded, candidates)))
         if rounded is not None and not direct:
             total = self.rows * matrices[0][0].out
             f = Finish(results[0].values.data_ptr(), rounded.data_ptr(), total, splits)
@@ -274,7 +285,9 @@ class Builder:
         )  # fmt: skip
         return c, (kept, second, least, offset)
 
-    def ffn(self, x: Input, gate: Matrix | None, up: Matrix, down: Matrix, rules: Rules, rounded: Tensor | None) -> Parts | None:
+    def ffn(
+        self, x: Input, gate: Matrix | None, up: Matrix, down: Matrix, rules: Rules, rounded: Tensor | None
+    ) -> Parts | None:
         """One feed-forward block; its output in parts, or in ``rounded``.  :func:`ffn_obstacle` says what fits."""
         chosen = None
         keep: tuple[Any, ...] = ()
@@ -292,7 +305,7 @@ class Builder:
             chosen, keep = Candidates(index=pointer(neurons), size=len(neurons), activation=identity), (neurons,)
 
         first = up if gate is None else gate
-        options = {"threshold": rules.value_threshold, "mean": rules.mean}
+        options: dict[str, Any] = {"threshold": rules.value_threshold, "mean": rules.mean}
         kept: Kept
         if first.columns:
             inputs = [(first, rules.up_in_threshold if gate is None else rules.gate_in_threshold)]
@@ -400,6 +413,10 @@ def ffn_obstacle(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules
         return "neurons are chosen, but gate and up are stored by columns"
     if rules.predictor_a is not None and rules.neurons is not None:
         return "both a predictor and a list choose the neurons"
-    if rules.gate_threshold is not None and (gate is None or first) and (rules.value_threshold is not None or gate is not None):
+    if (
+        rules.gate_threshold is not None
+        and (gate is None or first)
+        and (rules.value_threshold is not None or gate is not None)
+    ):
         return "gate and value thresholds meet a gate stored by columns, or none"
     return ""
