@@ -5,7 +5,8 @@ Shape letters: I in, O out, H hidden, N neurons, R rank; "..." any leading dimen
 :func:`linear` and :func:`gated_ffn` take one of two paths, and :func:`path_for` names it. The native CPU path (C++, chosen
 by instruction set) serves decoding: 1 to 8 rows, float32, bfloat16 or float16. On NVIDIA GPUs kernels compiled at run time
 serve it in bfloat16 and float16 (:mod:`.cuda`). On other devices :mod:`.portable` does, which gathers the rows it needs in
-plain PyTorch. Everything else, and any call that needs gradients, goes through :mod:`.reference`: the same masked arithmetic as dense PyTorch products on any device.
+plain PyTorch. Everything else, and any call that needs gradients, goes through :mod:`.reference`: the same masked arithmetic
+as dense PyTorch products on any device.
 """
 
 from __future__ import annotations
