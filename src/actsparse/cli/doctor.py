@@ -76,8 +76,7 @@ def examine() -> dict[str, Any]:
     for package, (module, purpose) in OPTIONAL.items():
         there = "installed" if importlib.util.find_spec(module) else "not installed"
         facts[package] = f"{there} ({purpose})"
-    gpu = "present, but " if torch.cuda.is_available() else ""
-    facts["GPU"] = f"{gpu}not used by this version"
+    facts["GPU"] = gpus()
     return facts
 
 
@@ -108,6 +107,22 @@ def outside_tested_range(package: str) -> str:
 
 def _bounds(tested: SpecifierSet | None) -> str:
     return ",".join(sorted(map(str, tested or ()), reverse=True))
+
+
+def gpus() -> str:
+    """Every CUDA GPU with its driver's CUDA version, and whether the kernels run there."""
+    import torch
+
+    from actsparse import kernels
+
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    found = []
+    for index in range(torch.cuda.device_count()):
+        obstacle = kernels.cuda.device_obstacle(index)
+        runs = f"reference path: {obstacle}" if obstacle else f"kernels cuda-{kernels.cuda.architecture(index)}"
+        found.append(f"{torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}: {runs}")
+    return "; ".join(found)
 
 
 def cpu_model() -> str:

@@ -3,9 +3,10 @@
 Shape letters: I in, O out, H hidden, N neurons, R rank; "..." any leading dimensions, whose product is the number of rows.
 
 :func:`linear` and :func:`gated_ffn` take one of two paths, and :func:`path_for` names it. The native CPU path (C++, chosen
-by instruction set) serves decoding: 1 to 8 rows, float32, bfloat16 or float16. On devices other than CPU and CUDA
-:mod:`.portable` serves it, which gathers the rows it needs in plain PyTorch. Everything else, and any call that needs
-gradients, goes through :mod:`.reference`: the same masked arithmetic as dense PyTorch products on any device.
+by instruction set) serves decoding: 1 to 8 rows, float32, bfloat16 or float16. On NVIDIA GPUs kernels compiled at run time
+serve it in bfloat16 and float16 (:mod:`.cuda`). On other devices :mod:`.portable` does, which gathers the rows it needs in
+plain PyTorch. Everything else, and any call that needs gradients, goes through :mod:`.reference`: the same masked arithmetic
+as dense PyTorch products on any device.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import cpu, planes, portable, reference
+from . import cpu, cuda, planes, portable, reference
 from .cpu import (
     ACTIVATIONS,
     FFN,
@@ -47,7 +48,7 @@ from .rules import NAMES, Rules
 
 __all__ = [
     "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "Rules", "available_isas",
-    "channel_statistics", "core_statistics", "decode_step", "decoder_of", "explain", "ffn_of", "gated_ffn",
+    "channel_statistics", "core_statistics", "cuda", "decode_step", "decoder_of", "explain", "ffn_of", "gated_ffn",
     "graded_linear", "graded_path", "isa", "layer_of", "linear", "matrix_of", "norm_of", "packed_of", "path_for",
     "planes", "portable",
     "read_bandwidth", "reference", "reset_stats", "select_isa", "stats", "unpack_columns", "use_huge_pages",
@@ -56,12 +57,16 @@ __all__ = [
 
 def _obstacle(x: Tensor, weights: tuple[Tensor | None, ...]) -> str:
     """Why a call cannot run natively; empty when it can."""
-    if cpu.missing:
-        return cpu.missing
-    if not x.is_cpu:  # a fifth of the cost of device.type
-        return f"x is on {x.device}; the native kernels run on the CPU"
+    if x.is_cpu:  # a fifth of the cost of device.type
+        missing, dtypes = cpu.missing, cpu.DTYPES
+    elif x.is_cuda:
+        missing, dtypes = cuda.device_obstacle(x.device.index), cuda.DTYPES
+    else:
+        return f"x is on {x.device}; the native kernels run on the CPU and on CUDA"
+    if missing:
+        return missing
     dtype = x.dtype
-    if dtype not in cpu.DTYPES:
+    if dtype not in dtypes:
         return f"{dtype} has no native kernel"
     rows = 1
     for size in x.shape[:-1]:
@@ -76,9 +81,13 @@ def _obstacle(x: Tensor, weights: tuple[Tensor | None, ...]) -> str:
             continue
         if weight.dtype != dtype:
             return f"a weight is {weight.dtype}, x is {dtype}"
-        if not weight.is_cpu:
-            return f"a weight is on {weight.device}, x on the CPU"
-        if weight.dim() != 2 or weight.numel() == 0 or cpu.layout_of(weight) is None:
+        if weight.device != x.device:
+            return f"a weight is on {weight.device}, x on {'the CPU' if x.is_cpu else x.device}"
+        if x.is_cuda:
+            obstacle = cuda.layout_obstacle(weight)
+            if obstacle:
+                return obstacle
+        elif weight.dim() != 2 or weight.numel() == 0 or cpu.layout_of(weight) is None:
             layout = f"shape {tuple(weight.shape)}, strides {weight.stride()}"
             return f"a weight ({layout}) is neither contiguous nor the transpose of something contiguous"
         if grad and weight.requires_grad:
@@ -86,8 +95,8 @@ def _obstacle(x: Tensor, weights: tuple[Tensor | None, ...]) -> str:
     return ""
 
 
-# Where rows are not gathered in plain PyTorch: the CPU has kernels, CUDA will have (until then it multiplies densely, because
-# gathering costs a synchronisation there), meta tensors have no values.
+# Where rows are not gathered in plain PyTorch: CPU and CUDA have kernels (what those do not take is multiplied densely, because
+# gathering costs a synchronisation on a GPU), meta tensors have no values.
 NOT_PORTABLE = frozenset({"cpu", "cuda", "meta"})
 
 
@@ -97,19 +106,24 @@ def _gathers(x: Tensor) -> bool:
 
 
 def path_for(x: Tensor, *weights: Tensor | None) -> str:
-    """The path of a call with these operands: "cpu-" and avx512, avx2, neon or scalar, "portable" or "reference"."""
+    """The path of a call with these operands.
+
+    "cpu-" and avx512, avx2, neon or scalar, "cuda-" and the architecture (sm_90), "portable" or "reference".
+    """
     if not _obstacle(x, weights):
-        return f"cpu-{isa()}"
+        return f"cuda-{cuda.architecture(x.device.index)}" if x.is_cuda else f"cpu-{isa()}"
     return "portable" if _gathers(x) else "reference"
 
 
 def explain(x: Tensor, *weights: Tensor | None) -> str:
     """The path of :func:`path_for` with its reason, for people."""
-    obstacle = _obstacle(x, weights)
+    obstacle, path = _obstacle(x, weights), path_for(x, *weights)
     if obstacle:
-        return f"{path_for(x, *weights)}: {obstacle}"
+        return f"{path}: {obstacle}"
+    if x.is_cuda:
+        return f"{path}: {x.dtype} on {torch.cuda.get_device_name(x.device)}"
     note = f"; {cpu.threads_note}" if cpu.threads_note else f", {torch.get_num_threads()} threads"
-    return f"cpu-{isa()}: {x.dtype} on the CPU{note}"
+    return f"{path}: {x.dtype} on the CPU{note}"
 
 
 def _rows(x: Tensor) -> int:
@@ -139,10 +153,14 @@ def _linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, thr
     return compute(x, weight, bias, threshold)
 
 
-def _linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Tensor | None = None) -> Tensor:
+def _linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Tensor | None = None) -> Tensor:
     if weight.dim() != 2 or _obstacle(x, (weight,)):
         return _linear_reference(x, weight, bias, threshold)
     _check_linear(x, weight, bias, threshold)
+    if x.is_cuda:
+        if cuda.linear_obstacle(x):
+            return _linear_reference(x, weight, bias, threshold)
+        return cuda.linear(x, weight, bias, threshold)
     return cpu.linear(x, weight, bias, threshold)
 
 
@@ -154,11 +172,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Ten
     kept. Returns [..., O] in x's type. Raises ValueError when shapes do not fit.
     """
     if torch.compiler.is_compiling():
-        if x.device.type == "cpu":
+        if x.device.type in ("cpu", "cuda"):
             return torch.ops.actsparse.linear(x, weight, bias, threshold)
         return _linear_reference(x, weight, bias, threshold)
     if type(x) is Tensor and _get_current_dispatch_mode() is None:
-        return _linear_cpu(x, weight, bias, threshold)
+        return _linear_native(x, weight, bias, threshold)
     return torch.ops.actsparse.linear(x, weight, bias, threshold)
 
 
@@ -293,10 +311,14 @@ def _ffn_reference(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rul
     return compute(x, gate, up, down, rules)
 
 
-def _ffn_cpu(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> Tensor:
+def _ffn_native(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> Tensor:
     if _obstacle(x, (gate, up, down, rules.predictor_a, rules.predictor_b)):
         return _ffn_reference(x, gate, up, down, rules)
     _check_ffn(x, gate, up, down, rules)
+    if x.is_cuda:
+        if cuda.ffn_obstacle(x, gate, up, down, rules):
+            return _ffn_reference(x, gate, up, down, rules)
+        return cuda.gated_ffn(x, gate, up, down, rules)
     return cpu.gated_ffn(x, ffn_of(gate, up, down, rules))
 
 
@@ -323,8 +345,8 @@ def gated_ffn(
         rules = Rules(**options)
     if not torch.compiler.is_compiling():
         if type(x) is Tensor and _get_current_dispatch_mode() is None:
-            return _ffn_cpu(x, gate, up, down, rules)
-    elif x.device.type != "cpu":
+            return _ffn_native(x, gate, up, down, rules)
+    elif x.device.type not in ("cpu", "cuda"):
         return _ffn_reference(x, gate, up, down, rules)
     return torch.ops.actsparse.gated_ffn(x, gate, up, down, *rules.values())
 
@@ -353,9 +375,9 @@ def _linear_autograd(x: Tensor, weight: Tensor, bias: Tensor | None = None, thre
         return torch.ops.actsparse.linear(x, weight, bias, threshold)
 
 
-def _ffn_op_cpu(*args: Any) -> Tensor:
+def _ffn_op_native(*args: Any) -> Tensor:
     x, gate, up, down = args[:4]
-    return _ffn_cpu(x, gate, up, down, Rules(*args[4:]))
+    return _ffn_native(x, gate, up, down, Rules(*args[4:]))
 
 
 def _ffn_op_reference(*args: Any) -> Tensor:
@@ -376,11 +398,12 @@ def _ffn_autograd(*args: Any) -> Tensor:
         return torch.ops.actsparse.gated_ffn(*args)
 
 
-for _name, _cpu, _any, _fake, _autograd in (
-    ("linear", _linear_cpu, _linear_reference, _linear_fake, _linear_autograd),
-    ("gated_ffn", _ffn_op_cpu, _ffn_op_reference, _ffn_fake, _ffn_autograd),
+for _name, _native, _any, _fake, _autograd in (
+    ("linear", _linear_native, _linear_reference, _linear_fake, _linear_autograd),
+    ("gated_ffn", _ffn_op_native, _ffn_op_reference, _ffn_fake, _ffn_autograd),
 ):
-    _library.impl(_name, _cpu, "CPU")
+    _library.impl(_name, _native, "CPU")
+    _library.impl(_name, _native, "CUDA")
     _library.impl(_name, _any, "CompositeExplicitAutograd")
     _library.impl(_name, _autograd, "Autograd")
     torch.library.register_fake(f"actsparse::{_name}", _fake, lib=_library)

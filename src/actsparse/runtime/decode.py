@@ -1,4 +1,4 @@
-"""The native decode step: one token through a whole Hugging Face model in one call into the CPU kernels.
+"""The native decode step: one token through a whole Hugging Face model in one call into the kernels (CPU or CUDA).
 
 A Hugging Face layer costs about a millisecond of Python and small operations per token; for a model of a billion
 parameters that is a sixth of a token.  Here the model's own tensors are only pointed at: no weight is copied, and what
@@ -10,7 +10,6 @@ Shape letters: T tokens, V vocabulary, K key/value heads, L cache length, D head
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ _CHANGING_ROPES = ("dynamic", "longrope")
 
 
 class Decoder:
-    """Decodes one sequence, token by token, on the CPU.
+    """Decodes one sequence, token by token, on the CPU or on one GPU, wherever the model is.
 
     It is made for the model as it is: sparsify or restore the model first, and make a new decoder afterwards.
 
@@ -80,24 +79,46 @@ class Decoder:
         # Its own counters: two that decode at once in one process must not count each other's reads.
         self._stats = kernels.cpu.Stats()
         self._stats_reference = ctypes.byref(self._stats)
-        self.native = kernels.decoder_of(
-            [_layer(layer, model, self._keys[i], self._values[i]) for i, layer in enumerate(layers)],
+        self._kernels: Any = _kernels_for(embedding)
+        self.native: Any = self._kernels.decoder_of(
+            [_layer(self._kernels, layer, model, self._keys[i], self._values[i]) for i, layer in enumerate(layers)],
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            embedding=kernels.matrix_of(embedding),
-            lm_head=_matrix(head),
-            final_norm=_norm(decoder.norm),
+            embedding=self._kernels.matrix_of(embedding),
+            lm_head=_matrix(self._kernels, head),
+            final_norm=_norm(self._kernels, decoder.norm),
             cosine=cosine,
             sine=sine,
             attention_scale=attention.scaling,
             window=_window(model.config) or 0,
         )
 
+    @property
+    def counts(self) -> bool:
+        """Whether :meth:`stats` counts what is read: on the CPU."""
+        return self._kernels is kernels
+
+    @property
+    def path(self) -> str:
+        """Which kernels run, and why, in words."""
+        head = self.model.get_output_embeddings()
+        if isinstance(head, _PACKED):
+            return f"cpu-{kernels.isa()}: packed weights on the CPU, {torch.get_num_threads()} threads"
+        with torch.no_grad():
+            return kernels.explain(head.weight[:1], head.weight)
+
     @staticmethod
     def supports(model: Any) -> str | None:
         """Why ``model`` cannot be decoded natively, in words; None when it can."""
-        missing = kernels.cpu.missing
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) > 1:
+            return f"the model is on {', '.join(sorted(map(str, devices)))}: expected one device"
+        device = devices.pop()
+        if device.type not in ("cpu", "cuda"):
+            return f"the model is on {device}, the native decode step runs on the CPU and on CUDA"
+        cuda = device.type == "cuda"
+        missing = kernels.cuda.device_obstacle(device.index or 0) if cuda else kernels.cpu.missing
         if missing:
             return missing
         try:
@@ -107,14 +128,12 @@ class Decoder:
             return str(error)
         if not family.native_decode:
             return f"family {model.config.model_type} has no native decode step"
-        parameters = list(model.parameters())
-        devices = sorted({str(parameter.device) for parameter in parameters} - {"cpu"})
-        if devices:
-            return f"the model is on {', '.join(devices)}, the native decode step runs on the CPU"
-        dtypes = {parameter.dtype for parameter in parameters}
-        if len(dtypes) > 1 or not dtypes <= set(kernels.cpu.DTYPES):
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        known = kernels.cuda.DTYPES if cuda else kernels.cpu.DTYPES
+        if len(dtypes) > 1 or not dtypes <= set(known):
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-            return f"weights are {names}, expected all float32, all bfloat16 or all float16"
+            expected = " or ".join(f"all {str(dtype).removeprefix('torch.')}" for dtype in known)
+            return f"weights are {names}, expected {expected}"
         window = _window(model.config)
         if window is None:
             return "its layers mix sliding and full attention"
@@ -125,7 +144,7 @@ class Decoder:
             return f"rope type {rope} changes with the length of the text"
         if 2 * model.get_decoder().rotary_emb.inv_freq.numel() != _heads(model.config)[2]:
             return "its rotary embedding does not cover the whole head"
-        return _foreign_module(model) or _misread_heads(model)
+        return _foreign_module(model) or _misread_heads(model) or (_cuda_obstacle(model) if cuda else None)
 
     def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run ``tokens`` (int64 [T]) after what the cache holds; returns the last one's logits, float32 [V].
@@ -135,6 +154,7 @@ class Decoder:
         Raises:
             ModelError: no tokens, more than the cache has room for, or the model was changed since.
         """
+        tokens = tokens.to(self._keys.device)
         begin, end = self.position, self.position + tokens.numel()
         self._check(end)
         if tokens.dim() != 1 or begin == end:
@@ -177,8 +197,11 @@ class Decoder:
             )
         if not 0 <= token < self.native.embedding.out:
             raise ModelError(f"token is {token}, expected 0 to {self.native.embedding.out - 1}")
-        logits = torch.empty(self._vocabulary, dtype=torch.float32, device="cpu")
-        kernels.decode_step(self.native, token, self.position, logits, self._stats_reference)
+        if self._kernels is kernels:
+            logits = torch.empty(self._vocabulary, dtype=torch.float32, device="cpu")
+            kernels.decode_step(self.native, token, self.position, logits, self._stats_reference)
+        else:
+            logits = self._kernels.decode_step(self.native, token, self.position)
         if self._session is not None:
             self._stepped[self.position - self._session.seen :] = [token]
         self.position += 1
@@ -212,7 +235,7 @@ class Decoder:
         self._chosen_ffns = []
         for index, block in self._chosen.items():
             operands = block.operands(self._session)
-            ffn = kernels.ffn_of(*operands.matrices, kernels.Rules(**operands.options))
+            ffn = self._kernels.ffn_of(*operands.matrices, kernels.Rules(**operands.options))
             self._chosen_ffns.append(ffn)
             self.native.layer[index].ffn = ffn
 
@@ -223,10 +246,11 @@ class Decoder:
             raise ModelError("the model was sparsified or restored after this decoder was made: make a new one")
 
 
-def rope_tables(rotary: Callable[..., Any], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(rotary: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, float32 [length, D / 2], from the model's own rotary module (any fixed scaling included)."""
-    positions = torch.arange(length)[None]
-    tables = rotary(torch.empty(1, dtype=torch.float32), positions)
+    device = rotary.inv_freq.device
+    positions = torch.arange(length, device=device)[None]
+    tables = rotary(torch.empty(1, dtype=torch.float32, device=device), positions)
     cosine, sine = (table[0, :, : table.shape[-1] // 2].contiguous() for table in tables)
     return cosine, sine
 
@@ -249,7 +273,7 @@ def _misread_heads(model: Any) -> str | None:
     return None
 
 
-def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tensor) -> kernels.Layer:
+def _layer(backend: Any, layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tensor) -> Any:
     paths, family = dict(layer.family.projections), layer.family
     attention: dict[str, Any] = {name: layer.module.get_submodule(paths[name]) for name in sites.ATTENTION_PROJECTIONS}
     thresholds: dict[str, Any] = {
@@ -262,39 +286,62 @@ def _layer(layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tens
         block: list[Any] = [layer.weight(name).detach() for name in sites.FFN_PROJECTIONS]
     else:
         rules = kernels.Rules(sites.activation_of(model), family.up_activation)
-        block = [_matrix(layer.product(name)) for name in sites.FFN_PROJECTIONS]
+        block = [_matrix(backend, layer.product(name)) for name in sites.FFN_PROJECTIONS]
     gate, up, down = block
-    matrices: dict[str, Any] = {
-        name: _matrix(linear, thresholds[f"{name}_threshold"]) for name, linear in attention.items()
-    }
-    return kernels.layer_of(
-        input_norm=_norm(layer.module.get_submodule(family.input_norm)),
-        post_norm=_norm(layer.module.get_submodule(family.post_norm)),
-        ffn=kernels.ffn_of(gate, up, down, rules),
+    return backend.layer_of(
+        input_norm=_norm(backend, layer.module.get_submodule(family.input_norm)),
+        post_norm=_norm(backend, layer.module.get_submodule(family.post_norm)),
+        ffn=backend.ffn_of(gate, up, down, rules),
         k_cache=keys,
         v_cache=values,
-        q_norm=_optional_norm(layer.module, family.q_norm),
-        k_norm=_optional_norm(layer.module, family.k_norm),
-        **matrices,
+        q_norm=_optional_norm(backend, layer.module, family.q_norm),
+        k_norm=_optional_norm(backend, layer.module, family.k_norm),
+        **{name: _matrix(backend, linear, thresholds[f"{name}_threshold"]) for name, linear in attention.items()},
         **thresholds,
     )
 
 
-def _matrix(linear: Any, threshold: torch.Tensor | None = None) -> kernels.Matrix:
+def _matrix(backend: Any, linear: Any, threshold: torch.Tensor | None = None) -> Any:
     if isinstance(linear, _PACKED):
         return linear.matrix()
     # Detached, because re-laying a weight gives the parameter new storage: an alias keeps the one pointed at alive.
+    if backend is not kernels:
+        return backend.matrix_of(linear.weight.detach(), linear.bias)
     return kernels.matrix_of(linear.weight.detach(), linear.bias, prefer=kernels.cpu.skipped_by(threshold))
 
 
-def _norm(module: Any) -> kernels.Norm:
-    return kernels.norm_of(module.weight, eps=module.variance_epsilon)
+def _norm(backend: Any, module: Any) -> Any:
+    return backend.norm_of(module.weight, eps=module.variance_epsilon)
 
 
-def _optional_norm(layer: nn.Module, path: str) -> kernels.Norm | None:
+def _optional_norm(backend: Any, layer: nn.Module, path: str) -> Any:
     parent, _, name = path.rpartition(".")
     module = getattr(layer.get_submodule(parent), name, None)
-    return None if module is None else _norm(module)
+    return None if module is None else _norm(backend, module)
+
+
+def _kernels_for(weight: torch.Tensor) -> Any:
+    """The functions that make and run a decode step where ``weight`` lies."""
+    return kernels.cuda.decoder if weight.is_cuda else kernels
+
+
+def _cuda_obstacle(model: Any) -> str | None:
+    """What the CUDA step cannot read, in words."""
+    products = [layer.product(name) for layer in sites.layers_of(model) for name, _ in layer.family.projections]
+    products += [model.get_input_embeddings(), model.get_output_embeddings()]
+    if any(isinstance(product, _PACKED) for product in products):
+        return "packed weights have no CUDA kernel"
+    weights = (product.weight for product in products)
+    obstacle = kernels.cuda.decoder.decoder_obstacle(_heads(model.config)[2], *weights)
+    if obstacle:
+        return obstacle
+    for layer in sites.layers_of(model):
+        gate, up, down = (layer.weight(name) for name in sites.FFN_PROJECTIONS)
+        rules = layer.ffn.rules() if isinstance(layer.ffn, SparseFFN) else kernels.Rules(sites.activation_of(model))
+        obstacle = kernels.cuda.ffn_obstacle(up[:1], gate, up, down, rules)
+        if obstacle:
+            return f"layer {layer.index}: {obstacle}"
+    return None
 
 
 def _window(config: Any) -> int | None:

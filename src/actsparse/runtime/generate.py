@@ -17,55 +17,17 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
-    TemperatureLogitsWarper,
     TextStreamer,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
-from actsparse import kernels
 from actsparse.models import caches
 from actsparse.models.sites import ModelError
 from actsparse.models.text import TextError, check_text
 from actsparse.runtime.decode import Decoder
-from actsparse.runtime.finite import Finite, check_logits
+from actsparse.runtime.finite import Finite
 from actsparse.runtime.prompts import read
+from actsparse.runtime.sampling import Sampling, choose, seeded
 from actsparse.runtime.swap import prompts_of, state_of
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    ``temperature`` 0 takes the most likely one.  ``top_k`` 0 and ``top_p`` 1 restrict nothing.  ``seed`` None draws from
-    torch's global state.  Raises ValueError for a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, expected 0 < top_p <= 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}, expected 0 or more")
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed is {self.seed}, expected 0 to 2^63 - 1")
-
-    def processors(self) -> LogitsProcessorList:
-        """The warpers, in the order in which transformers applies them."""
-        warpers = LogitsProcessorList()
-        if self.temperature not in (0, 1):
-            warpers.append(TemperatureLogitsWarper(self.temperature))
-        if self.temperature and self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.temperature and self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        return warpers
 
 
 @dataclass
@@ -81,7 +43,7 @@ class Generation:
         prefill_tokens: as above.
         prefill_s: time to the prompt's logits.
         decode_s: time of the decode steps, which are one fewer than the tokens (the first comes from the prefill).
-        weights_read_bytes: weight bytes read per decode step, as counted by the kernels; None on transformers' path.
+        weights_read_bytes: weight bytes read per decode step, as counted by the CPU kernels; None elsewhere.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -229,7 +191,7 @@ class Session:
         result = Generation(path=self.path, prompt_tokens=len(tokens), prefill_tokens=prefill)
         streamer = _Streamer(self._tokenizer, stream)
         ends = _end_tokens(self._model, self._tokenizer) if stop_at_eos else frozenset()
-        with _seeded(sampling.seed):
+        with seeded(sampling.seed):
             try:
                 self._engine.run(tokens, sampling, min(max_new_tokens, room), ends, streamer, result)
             except KeyboardInterrupt:
@@ -247,9 +209,7 @@ class _Native:
     def __init__(self, model: Any, cache_length: int) -> None:
         self._decoder = Decoder(model, cache_length)
         self._fed: list[int] = []
-        weight = model.get_output_embeddings().weight
-        with torch.no_grad():
-            self.path = f"native decode step, {kernels.explain(weight[:1], weight)}"
+        self.path = f"native decode step, {self._decoder.path}"
 
     @property
     def tokens(self) -> list[int]:
@@ -279,7 +239,7 @@ class _Native:
         bytes_before = decoder.stats()["bytes"]
         while True:
             began = time.perf_counter()
-            token = _choose(logits, self._fed, warpers, greedy=sampling.temperature == 0)
+            token = choose(logits, self._fed, warpers, greedy=sampling.temperature == 0)
             chosen_s = time.perf_counter() - began
             result.tokens.append(token)
             streamer.put(torch.tensor([token]))
@@ -289,7 +249,8 @@ class _Native:
             began = time.perf_counter()
             logits = decoder.step(token)
             result.decode_s += chosen_s + time.perf_counter() - began
-            result.weights_read_bytes = (decoder.stats()["bytes"] - bytes_before) / len(result.tokens)
+            if decoder.counts:
+                result.weights_read_bytes = (decoder.stats()["bytes"] - bytes_before) / len(result.tokens)
 
 
 class _Transformers:
@@ -404,30 +365,6 @@ class _Clock:
 
     def end(self) -> None:
         """Nothing: the session ends the stream on both paths."""
-
-
-class _seeded:
-    """Sample from ``seed`` inside the block and leave torch's global state as it was; None changes nothing."""
-
-    def __init__(self, seed: int | None) -> None:
-        self._seed = seed
-
-    def __enter__(self) -> None:
-        if self._seed is not None:
-            self._before = torch.get_rng_state()
-            torch.manual_seed(self._seed)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._seed is not None:
-            torch.set_rng_state(self._before)
-
-
-def _choose(logits: torch.Tensor, tokens: list[int], warpers: LogitsProcessorList, *, greedy: bool) -> int:
-    check_logits(logits)
-    if greedy:
-        return int(logits.argmax())
-    scores = warpers(torch.tensor([tokens]), logits[None])
-    return int(torch.multinomial(scores.softmax(dim=-1), 1))
 
 
 def _common(first: list[int], second: list[int]) -> int:

@@ -1,0 +1,14 @@
+"""The CUDA kernels: CUDA C++ (``csrc/``) compiled at run time, launched through the driver.
+
+Nothing here decides whether a call may run natively: that is :mod:`actsparse.kernels`' part.
+"""
+
+from . import decoder
+from .compiler import DTYPES, CudaError, architecture, device_obstacle, missing
+from .launches import ffn_obstacle, layout_obstacle, linear_obstacle
+from .products import gated_ffn, linear
+
+__all__ = [
+    "DTYPES", "CudaError", "architecture", "decoder", "device_obstacle", "ffn_obstacle", "gated_ffn", "layout_obstacle",
+    "linear", "linear_obstacle", "missing",
+]  # fmt: skip

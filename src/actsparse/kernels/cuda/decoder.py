@@ -1,0 +1,311 @@
+"""The decode step on a GPU: a whole decoder as a list of launches, captured once as a CUDA graph and replayed per token.
+
+Token and position lie in device memory, so that a growing context needs no new capture.  Between kernels go float32 vectors,
+some in parts that the next kernel adds up.  The functions have the names and meanings of the CPU's.
+
+Shape letters: H hidden, V vocabulary, K key/value heads, L cache length, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules import Rules
+from . import compiler
+from .launches import Builder, Machine, Matrix, ffn_obstacle, input_of, layout_obstacle
+from .structures import Attention, Embedding, Input, Launch, Parts, pointer, vector
+
+MOST_GROUP = 8  # query heads that one block of the attention kernel serves
+MOST_HEAD_DIM = 256
+_ATTENTION_THREADS = 256
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One feed-forward block under its rules."""
+
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+    rules: Rules
+
+
+@dataclass
+class Layer:
+    """One decoder layer with its caches [K, L, D]; thresholds float32 [in]."""
+
+    input_norm: Norm
+    post_norm: Norm
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    ffn: FFN
+    k_cache: Tensor
+    v_cache: Tensor
+    q_threshold: Tensor | None = None
+    k_threshold: Tensor | None = None
+    v_threshold: Tensor | None = None
+    o_threshold: Tensor | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+def matrix_of(weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    """A logical [O, I] weight and a bias [O]; ValueError for a layout that the kernels cannot read."""
+    obstacle = layout_obstacle(weight)
+    if obstacle:
+        raise ValueError(obstacle)
+    return Matrix(weight, bias)
+
+
+def norm_of(weight: Tensor, *, eps: float) -> Norm:
+    """An RMSNorm with a float32 copy of its weight [H]."""
+    converted = vector(weight, weight.device)
+    assert converted is not None
+    return Norm(converted, eps)
+
+
+def ffn_of(gate: Tensor | Matrix | None, up: Tensor | Matrix, down: Tensor | Matrix, rules: Rules) -> FFN:
+    """One block, of weights (whose biases are the rules') or of matrices; ValueError for what does not go together."""
+    g, u, d = (
+        weight if weight is None or isinstance(weight, Matrix) else matrix_of(weight, bias)
+        for weight, bias in ((gate, rules.gate_bias), (up, rules.up_bias), (down, rules.down_bias))
+    )
+    assert u is not None
+    assert d is not None
+    obstacle = ffn_obstacle(u.weight[:1], None if g is None else g.weight, u.weight, d.weight, rules)
+    if obstacle:
+        raise ValueError(obstacle)
+    return FFN(g, u, d, rules)
+
+
+def layer_of(**parts: Any) -> Layer:
+    """One layer; the arguments are :class:`Layer`'s attributes."""
+    return Layer(**parts)
+
+
+class Decoder:
+    """A Llama-kind decoder, batch 1, on one GPU; made by :func:`decoder_of`.
+
+    The feed-forward blocks of ``layer`` may be exchanged between steps: the next one captures anew.
+    """
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        embedding: Matrix,
+        lm_head: Matrix,
+        final_norm: Norm,
+        cosine: Tensor | None,
+        sine: Tensor | None,
+        attention_scale: float,
+        window: int = 0,
+        machine: Machine | None = None,
+        run: Callable[..., None] | None = None,
+    ) -> None:
+        self.layer, self.embedding, self.lm_head, self.final_norm = layers, embedding, lm_head, final_norm
+        self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
+        self.attention_scale = attention_scale
+        self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
+        self.cosine, self.sine = vector(cosine, self.device), vector(sine, self.device)
+        group = heads // kv_heads
+        self.group = max(size for size in range(1, MOST_GROUP + 1) if group % size == 0)
+        self.state = torch.zeros(2, dtype=torch.int32, device=self.device)
+        self.logits = torch.empty(lm_head.out, dtype=torch.float32, device=self.device)
+        self.machine = machine or compiler.machine(self.device.index)
+        self.launches: list[Launch] = []
+        self._run = run or compiler.run
+        self._built: tuple[FFN, ...] = ()
+        self._graph: Any = None
+
+    def prepare(self) -> None:
+        """Arrange the launches for the blocks as they are now; the graph is captured after the next step."""
+        built = tuple(layer.ffn for layer in self.layer)
+        if len(built) == len(self._built) and all(a is b for a, b in zip(built, self._built, strict=True)):
+            return
+        self._built, self._graph = built, None
+        self.launches = _Step(self).launches
+
+    def step(self) -> None:
+        """One token, as ``state`` says; the logits come into ``logits``."""
+        self.prepare()
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        # The first step also loads the kernels, which a capture must not.
+        self._launch()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._launch()
+            self._graph = graph
+
+    def _launch(self) -> None:
+        self._run(self.launches, self.device, self.dtype, 1, self.group)
+
+
+def decoder_of(layers: list[Layer], **options: Any) -> Decoder:
+    """The decoder over ``layers``; the arguments are :class:`Decoder`'s.
+
+    cosine and sine are float32 [L, D / 2] (None: no rotary embedding).
+    """
+    if not layers:
+        raise ValueError("a decoder needs at least one layer")
+    return Decoder(layers, **options)
+
+
+def decode_step(decoder: Decoder, token: int, position: int) -> Tensor:
+    """One token: appends to the caches at ``position``; returns float32 logits [V] on the device, valid until the next step."""
+    decoder.state.copy_(torch.tensor([token, position], dtype=torch.int32))
+    decoder.step()
+    return decoder.logits
+
+
+def decoder_obstacle(head_dim: int, *weights: Tensor) -> str:
+    """Why a model has no decode step on CUDA, in words; empty when it has one."""
+    if head_dim % 8 or head_dim > MOST_HEAD_DIM:
+        return f"heads have {head_dim} channels, expected a multiple of 8 up to {MOST_HEAD_DIM}"
+    for weight in weights:
+        obstacle = layout_obstacle(weight)
+        if obstacle:
+            return obstacle
+    return ""
+
+
+class _Arena:
+    """Scratch for one layer, used again two layers later: what a layer leaves is read by the next one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._given: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._at, self._parity = 0, 0
+
+    def turn(self) -> None:
+        """The next layer begins."""
+        self._parity, self._at = 1 - self._parity, 0
+
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Four-byte values."""
+        given, count = self._given[self._parity], max(count, 1)
+        if self._at == len(given):
+            given.append(torch.empty(count, dtype=torch.float32, device=self._device))
+        elif given[self._at].numel() < count:
+            # Launches keep what they point into alive.
+            given[self._at] = torch.empty(count, dtype=torch.float32, device=self._device)
+        self._at += 1
+        return given[self._at - 1][:count].view(dtype)
+
+
+class _Step:
+    """Builds the launches of one token."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._arena = _Arena(decoder.device)
+        self._build = Builder(decoder.machine, decoder.device, 1, self._arena.empty)
+        hidden = decoder.embedding.inn
+        self._hidden = hidden
+        self._streams = [torch.empty(hidden, dtype=torch.float32, device=decoder.device) for _ in range(2)]
+        self._pending: Parts | None = None
+        blocks = decoder.kv_heads * (decoder.heads // decoder.kv_heads // decoder.group)
+        self._splits = max(1, min(32, decoder.machine.processors // blocks))
+        room = blocks * self._splits * decoder.group * (decoder.head_dim + 2)
+        self._partial = torch.empty(room, dtype=torch.float32, device=decoder.device)
+        self._arrived = torch.zeros(blocks, dtype=torch.int32, device=decoder.device)
+        self._embed()
+        for layer in decoder.layer:
+            self._arena.turn()
+            self._attention(layer)
+            x = self._normalised(layer.post_norm)
+            ffn = layer.ffn
+            self._pending = self._build.ffn(x, ffn.gate, ffn.up, ffn.down, ffn.rules, None)
+        self._arena.turn()
+        x = self._normalised(decoder.final_norm)
+        self._build.rows_product(x, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
+        self.launches = self._build.launches
+
+    def _embed(self) -> None:
+        decoder, matrix = self._decoder, self._decoder.embedding
+        p = Embedding(
+            pointer(matrix.weight), pointer(decoder.state), pointer(self._streams[0]), matrix.stride, self._hidden
+        )
+        self._build.launches.append(
+            Launch("embedding", (-(-self._hidden // 512), 1), 256, 0, p, (matrix, self._streams, decoder.state))
+        )
+
+    def _normalised(self, norm: Norm) -> Input:
+        """The residual stream with what is pending added, under a norm; the sum becomes the stream."""
+        if self._pending is None:
+            return input_of(Parts(self._streams[0], 0, self._hidden), self._hidden, residual=self._streams[0],
+                            norm=(norm.weight, norm.eps))  # fmt: skip
+        before, after = self._streams
+        x = input_of(self._pending, self._hidden, residual=before, residual_out=after, norm=(norm.weight, norm.eps))
+        self._streams = [after, before]
+        self._pending = None
+        return x
+
+    def _attention(self, layer: Layer) -> None:
+        decoder, build = self._decoder, self._build
+        x = self._normalised(layer.input_norm)
+        sites = {
+            "q": (layer.q, layer.q_threshold), "k": (layer.k, layer.k_threshold), "v": (layer.v, layer.v_threshold),
+        }  # fmt: skip
+        results = self._products(x, sites)
+        q, k, v = (results[name] for name in "qkv")
+        y = build.scratch(decoder.heads * decoder.head_dim)
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        length = layer.k_cache.shape[1]
+        subgroups = decoder.heads // decoder.kv_heads // decoder.group
+        p = Attention(
+            pointer(q.values), pointer(k.values), pointer(v.values), pointer(q_norm.weight if q_norm else None),
+            pointer(k_norm.weight if k_norm else None), pointer(decoder.cosine), pointer(decoder.sine),
+            pointer(decoder.state), pointer(layer.k_cache), pointer(layer.v_cache), pointer(y), pointer(self._partial),
+            pointer(self._arrived), q.splits, k.splits, v.splits, decoder.heads, decoder.kv_heads, decoder.head_dim, length,
+            decoder.window, self._splits, subgroups, decoder.attention_scale, q_norm.eps if q_norm else 0.0,
+            k_norm.eps if k_norm else 0.0,
+        )  # fmt: skip
+        size, group = decoder.head_dim, decoder.group
+        lanes = min(32, 1 << (size // 8 - 1).bit_length())
+        slots = _ATTENTION_THREADS // lanes
+        floats = (group + 2) * size + group * 128 + 4 * ((3 * group + 3) // 4) + slots * group * size
+        build.launches.append(
+            Launch("attention", (decoder.kv_heads * subgroups, self._splits), _ATTENTION_THREADS, 4 * floats, p,
+                   (layer, q, k, v, y, self._partial, self._arrived))
+        )  # fmt: skip
+        attended = Parts(y, 1, decoder.heads * size)
+        self._pending = self._products(input_of(attended, attended.size), {"o": (layer.o, layer.o_threshold)})["o"]
+
+    def _products(self, x: Input, sites: dict[str, tuple[Matrix, Tensor | None]]) -> dict[str, Parts]:
+        """Matrices of one input, by columns in one launch and by rows in another."""
+        results: dict[str, Parts] = {}
+        for name, (matrix, threshold) in sites.items():
+            if threshold is not None and not matrix.columns:
+                raise ValueError(f"{name} has a threshold, but is stored by rows")
+        by_columns = {name: site for name, site in sites.items() if site[0].columns}
+        by_rows = {name: site for name, site in sites.items() if not site[0].columns}
+        if by_columns:
+            results |= zip(by_columns, self._build.columns_product(x, list(by_columns.values())), strict=True)
+        if by_rows:
+            got = self._build.rows_product(x, [matrix for matrix, _ in by_rows.values()])
+            assert isinstance(got, list)
+            results |= zip(by_rows, got, strict=True)
+        return results

@@ -1,0 +1,170 @@
+"""The kernels' parameters, as ``csrc/`` lays them out; and one launch.
+
+Letters: B rows of x, I inputs, O outputs, N neurons, S splits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RAW, ACTIVATED, PAIRED, TIMES_SOURCE = range(4)
+
+
+class Input(Structure):
+    """The vector x: 16-bit [B, I], or float32 parts [S, B, I] to add up; then residual and RMSNorm."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("parts", c_void_p),
+        ("residual", c_void_p),
+        ("residual_out", c_void_p),
+        ("norm", c_void_p),
+        ("splits", c_int32),
+        ("size", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class Candidates(Structure):
+    """Whose neurons or inputs may be kept, and the rule."""
+
+    _fields_ = [
+        ("value", c_void_p),
+        ("second", c_void_p),
+        ("index", c_void_p),
+        ("mask", c_void_p),
+        ("count", c_void_p),
+        ("threshold", c_void_p),
+        ("mean", c_void_p),
+        ("size", c_int32),
+        ("splits", c_int32),
+        ("second_splits", c_int32),
+        ("activation", c_int32),
+        ("second_activation", c_int32),
+        ("positive", c_int32),
+    ]
+
+
+class Job(Structure):
+    """One matrix of a launch."""
+
+    _fields_ = [
+        ("w", c_void_p),
+        ("bias", c_void_p),
+        ("threshold", c_void_p),
+        ("y", c_void_p),
+        ("rounded", c_void_p),
+        ("stride", c_int64),
+        ("out", c_int32),
+        ("begin", c_int32),
+    ]
+
+
+class Rows(Structure):
+    """A product by rows."""
+
+    _fields_ = [
+        ("input", Input),
+        ("candidates", Candidates),
+        ("job", Job * 3),
+        ("list_index", c_void_p),
+        ("list_mask", c_void_p),
+        ("list_value", c_void_p),
+        ("list_count", c_void_p),
+        ("jobs", c_int32),
+        ("units", c_int32),
+        ("mode", c_int32),
+        ("activation", c_int32),
+        ("second_activation", c_int32),
+        ("list_size", c_int32),
+        ("rows", c_int32),
+        ("prefetch_rows", c_int32),
+    ]
+
+
+class Columns(Structure):
+    """A product by columns."""
+
+    _fields_ = [
+        ("input", Input),
+        ("candidates", Candidates),
+        ("job", Job * 3),
+        ("jobs", c_int32),
+        ("splits", c_int32),
+        ("rows", c_int32),
+        ("slice", c_int32),
+    ]
+
+
+class Finish(Structure):
+    """The sum over splits, rounded."""
+
+    _fields_ = [("parts", c_void_p), ("y", c_void_p), ("size", c_int64), ("splits", c_int32)]
+
+
+class Attention(Structure):
+    """One token's attention in one layer."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in (
+            "q", "k", "v", "q_norm", "k_norm", "cosine", "sine", "state", "keys", "values", "y", "partial", "arrived",
+        )),
+        *((name, c_int32) for name in (
+            "q_splits", "k_splits", "v_splits", "heads", "kv_heads", "head_dim", "length", "window", "splits", "subgroups",
+        )),
+        ("scale", c_float),
+        ("q_eps", c_float),
+        ("k_eps", c_float),
+    ]  # fmt: skip
+
+
+class Embedding(Structure):
+    """One row of the embedding."""
+
+    _fields_ = [("w", c_void_p), ("state", c_void_p), ("y", c_void_p), ("stride", c_int64), ("size", c_int32)]
+
+
+@dataclass
+class Launch:
+    """One kernel launch; ``keep`` holds the tensors that the parameters point into."""
+
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
+    shared_bytes: int
+    parameters: Structure
+    keep: tuple[Any, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A float32 vector in parts [S, B, size] that are to be added up."""
+
+    values: Tensor
+    splits: int
+    size: int
+
+    def total(self, rows: int) -> Tensor:
+        """The sum, float32 [B, size]."""
+        return self.values[: self.splits * rows * self.size].view(self.splits, rows, self.size).sum(0)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first value; None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def vector(values: Tensor | None, device: torch.device) -> Tensor | None:
+    """A float32 vector on ``device``, contiguous; the same tensor where it is one."""
+    return None if values is None else values.detach().to(device, torch.float32).contiguous()
+
+
+def address(structure: Structure) -> int:
+    """Address of a structure."""
+    return ctypes.addressof(structure)

@@ -1,0 +1,209 @@
+// Runs the CUDA kernels on a CPU, one block after another, every thread of a block a coroutine: slow, and exact about what
+// is read and written.  Shared memory starts as NaN.
+#define ACTSPARSE_EMULATE
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+struct Dim {
+  unsigned x, y, z;
+};
+struct float4 {
+  float x, y, z, w;
+};
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static Dim threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulate {
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+};
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = false;
+};
+static std::vector<Thread> threads;
+static std::vector<Barrier> warps;
+static Barrier block;
+static unsigned alive, current;
+static std::vector<uint32_t> slots;
+static std::vector<float> memory;
+static ucontext_t scheduler;
+static std::function<void()> body;
+
+static void yield() { swapcontext(&threads[current].context, &scheduler); }
+
+static void wait(Barrier& barrier, unsigned expected) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+static void wait_warp() { wait(warps[current / 32], 32); }
+
+static void start() {
+  body();
+  threads[current].done = true;
+  --alive;
+  yield();
+}
+
+static void run_block(unsigned count) {
+  threads.resize(count);
+  warps.assign(count / 32, Barrier());
+  slots.assign(count, 0);
+  block = Barrier();
+  alive = count;
+  for (Thread& thread : threads) {
+    thread.done = false;
+    thread.stack.resize(128 * 1024);
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, start, 0);
+  }
+  while (alive)
+    for (unsigned t = 0; t < count; ++t) {
+      if (threads[t].done) continue;
+      current = t;
+      threadIdx = {t, 0, 0};
+      swapcontext(&scheduler, &threads[t].context);
+    }
+}
+
+static uint32_t exchange(uint32_t value, unsigned from) {
+  slots[current] = value;
+  wait_warp();
+  const uint32_t got = slots[current / 32 * 32 + from];
+  wait_warp();
+  return got;
+}
+
+template <class P>
+void launch(void (*kernel)(P), const P* p, unsigned x, unsigned y, unsigned count, unsigned shared_bytes) {
+  gridDim = {x, y, 1};
+  blockDim = {count, 1, 1};
+  for (unsigned j = y; j-- > 0;)
+    for (unsigned i = 0; i < x; ++i) {
+      blockIdx = {i, j, 0};
+      memory.assign(shared_bytes / 4 + 4, std::numeric_limits<float>::quiet_NaN());
+      body = [&] { kernel(*p); };
+      run_block(count);
+    }
+}
+
+static float* shared_memory() {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) & ~uintptr_t(15));
+}
+}  // namespace emulate
+
+static void __syncthreads() { emulate::wait(emulate::block, emulate::alive); }
+static void __syncwarp() { emulate::wait_warp(); }
+static void __threadfence() {}
+static float __shfl_xor_sync(uint32_t, float value, int mask) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = emulate::exchange(bits, (threadIdx.x & 31) ^ mask);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+static int __shfl_up_sync(uint32_t, int value, int offset) {
+  const int lane = threadIdx.x & 31;
+  return emulate::exchange(value, lane >= offset ? lane - offset : lane);
+}
+static uint32_t __ballot_sync(uint32_t, bool set) {
+  emulate::slots[emulate::current] = set;
+  emulate::wait_warp();
+  uint32_t all = 0;
+  for (int i = 0; i < 32; ++i) all |= emulate::slots[emulate::current / 32 * 32 + i] << i;
+  emulate::wait_warp();
+  return all;
+}
+static int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+static uint32_t atomicAdd(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at += value;
+  return before;
+}
+static float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+
+#define AS_DEVICE static inline
+#define AS_KERNEL(threads, blocks) static void
+#define AS_PARAMETER const
+#define AS_SHARED float* const shared = emulate::shared_memory()
+
+AS_DEVICE float as_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+AS_DEVICE float half_to_float(uint32_t bits) {
+  _Float16 h;
+  const uint16_t low = bits;
+  std::memcpy(&h, &low, 2);
+  return h;
+}
+AS_DEVICE void widen2(uint32_t pair, float& low, float& high) {
+#if AS_DTYPE == 1
+  low = as_float(pair << 16);
+  high = as_float(pair & 0xffff0000u);
+#else
+  low = half_to_float(pair & 0xffffu);
+  high = half_to_float(pair >> 16);
+#endif
+}
+AS_DEVICE uint16_t narrow(float value) {
+#if AS_DTYPE == 1
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return 0x7fff;
+  return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+#else
+  const _Float16 h = value;
+  uint16_t bits;
+  std::memcpy(&bits, &h, 2);
+  return bits;
+#endif
+}
+struct Vec8;
+AS_DEVICE Vec8 load_weights(const uint16_t* at);
+AS_DEVICE void let_next_start() {}
+AS_DEVICE void wait_for_previous() {}
+AS_DEVICE void prefetch(const uint16_t*, uint32_t bytes) {
+  if (bytes % 16) __builtin_trap();
+}
+
+#include "primitives.cuh"
+AS_DEVICE Vec8 load_weights(const uint16_t* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) __builtin_trap();
+  Vec8 v;
+  std::memcpy(&v, at, 16);
+  return v;
+}
+#include "selection.cuh"
+#include "products.cuh"
+#include "attention.cuh"
+
+#define LAUNCHER(name, P)                                                                                     \
+  extern "C" void name(const void* p, unsigned x, unsigned y, unsigned threads, unsigned shared) {            \
+    emulate::launch<const P>(name##_kernel, static_cast<const P*>(p), x, y, threads, shared);                 \
+  }
+LAUNCHER(rows, Rows)
+LAUNCHER(columns32, Columns)
+LAUNCHER(columns64, Columns)
+LAUNCHER(columns128, Columns)
+LAUNCHER(columns256, Columns)
+LAUNCHER(finish, Finish)
+LAUNCHER(attention, Attention)
+LAUNCHER(embedding, Embedding)

@@ -1,0 +1,59 @@
+"""The CUDA decode step against the model's own modules: emulated here, on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from actsparse.kernels.cuda import compiler
+from actsparse.kernels.cuda import decoder as cuda_decoder
+from actsparse.measure.bench.run import tolerance
+from actsparse.runtime import decode
+from actsparse.runtime.prompts import read
+from tests import cuda_emulator
+
+
+class Emulated:
+    """The CUDA decoder's functions, with steps run by the emulator."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cuda_decoder, name)
+
+    def decoder_of(self, layers: Any, **options: Any) -> Any:
+        return cuda_decoder.decoder_of(layers, machine=cuda_emulator.MACHINE, run=cuda_emulator.run, **options)
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "gpu":
+        if compiler.missing():
+            pytest.skip(compiler.missing())
+        return "cuda"
+    if cuda_emulator.CXX is None:
+        pytest.skip("no C++ compiler to emulate the kernels with")
+    monkeypatch.setattr(decode, "_kernels_for", lambda weight: Emulated())
+    return "cpu"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_steps_agree_with_the_modules(device: str, family: str, tiny: Callable[..., Any]) -> None:
+    model = tiny(family, torch.bfloat16, intermediate_size=136).to(device)
+    decoder = decode.Decoder(model, 160)
+    # Enough positions that several blocks share a head's cache.
+    prompt = torch.randint(4096, (150,), generator=torch.Generator().manual_seed(3))
+    cache = DynamicCache()
+    with torch.no_grad():
+        read(model, prompt[None].to(device), cache, None)
+    decoder.prefill(prompt)
+    for token in (5, 9, 11):
+        with torch.no_grad():
+            output = read(model, torch.tensor([[token]], device=device), cache, None)
+        want = output.logits[0, -1].float()
+        got = decoder.step(token).clone()
+        assert float((got - want).norm() / want.norm()) <= tolerance(torch.bfloat16, 2, sparse=False)
+    decoder.rewind(152)
+    assert torch.equal(decoder.step(11), got)
