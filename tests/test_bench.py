@@ -217,7 +217,7 @@ def test_verb_doctor(capsys, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "read_bandwidth", lambda: (10.0, 9.0, 11.0))
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert facts["GPU"].endswith("not used by this version")
+    assert facts["GPU"].endswith("none that torch can use")
     assert facts["read bandwidth"].startswith("10.0 GB/s (9.0 to 11.0)")
     monkeypatch.setattr(kernels.cpu, "missing", "the library is not there")
     assert "reference path" in doctor.examine()["native kernels"]
