@@ -13,6 +13,7 @@ import actsparse
 from actsparse.cli import main
 from actsparse.measure import harness
 from actsparse.measure.harness import Score, TaskError, Tasks, paired
+from actsparse.models.sites import ModelError
 from actsparse.plan import Plan, PlanError
 
 pytest.importorskip("lm_eval")
@@ -95,6 +96,15 @@ def test_scores_are_the_models_dense_and_sparse(tiny: Any, tokenizer: Any, text_
     assert sparse.value == pytest.approx(accuracy_by_hand(model, tokenizer, folder))
     assert tasks.run(actsparse.restore(model), tokenizer) == [dense]
     assert Tasks(["tiny_choice"], folder=folder, limit=5).run(model, tokenizer)[0].samples == 5
+
+
+def test_weights_of_nan_get_no_score(tiny: Any, tokenizer: Any, folder: Path) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    tasks = Tasks(["tiny_choice"], folder=folder, limit=2)
+    with pytest.raises(ModelError, match="logits hold nan"):
+        tasks.run(model, tokenizer)
 
 
 def test_a_decode_scope_is_refused_and_half_a_scope_is_said(

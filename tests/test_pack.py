@@ -16,6 +16,7 @@ from actsparse.calibration.pack import Settings, pack
 from actsparse.cli import main
 from actsparse.kernels import planes
 from actsparse.methods.base import MethodError
+from actsparse.methods.statistics import CalibrationError
 from actsparse.models import opening, sites
 from actsparse.models.sites import ModelError
 from actsparse.runtime.decode import Decoder
@@ -161,3 +162,13 @@ def test_what_cannot_be_packed_is_refused(directory: Path, text_settings: Settin
     with pytest.raises(MethodError, match="bits read is 0"):
         pack(str(directory), tmp_path / "less", Settings(bits_read=0))
     assert not (tmp_path / "less").exists()
+
+
+def test_weights_of_nan_leave_nothing_behind(directory: Path, text_settings: Settings, tmp_path: Path) -> None:
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CalibrationError, match="NaN or infinite"):
+        pack(str(directory), tmp_path / "packed", text_settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]

@@ -181,8 +181,13 @@ class _Run:
         if done < len(order):
             start = None if done == 0 else (order[done - 1], self._gradients(order[done - 1]))
             found = activities(self._model, self._windows.tokens, start=start, done_with=release, progress=progress)
-            for activity in found:
-                self._do(activity)
+            try:
+                for activity in found:
+                    self._do(activity)
+            except BaseException:
+                if not self._state(HEAD).is_file():  # nothing that a later run could go on from
+                    shutil.rmtree(self._folder)
+                raise
         return {key: reading for index in order for key, reading in self._readings(index)}
 
     def plan(self, readings: dict[tuple[int, str], Reading]) -> Plan:

@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from actsparse.models.text import TextError
 from actsparse.plan import Plan, PlanError
+from actsparse.runtime.finite import check_logits
 from actsparse.runtime.swap import restore, sparsify
 
 # The tasks of the CHESS paper (arXiv:2409.01366, section 4.1), all 0-shot.
@@ -170,6 +173,7 @@ class Tasks:
 
         Raises:
             PlanError: see :meth:`check`.
+            ModelError: the model's logits are not finite.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -179,6 +183,9 @@ class Tasks:
         if plan is not None:
             sparsify(model, plan)
         try:
+            # NaN loses every comparison: tasks would give a score as if it were an answer.
+            with torch.no_grad():
+                check_logits(model(input_ids=torch.arange(8, device=model.device)[None]).logits)
             with _quiet():
                 wrapped = HFLM(
                     pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, device=str(model.device)
