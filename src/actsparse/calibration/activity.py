@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from actsparse.methods.base import HEAD
 from actsparse.methods.statistics import CalibrationError
 from actsparse.models import sites
 
 BATCH_TOKENS = 1024
-HEAD = -1
 
 
 class Progress(Protocol):

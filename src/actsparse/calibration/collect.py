@@ -25,11 +25,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from actsparse.calibration.activity import HEAD, activities
+from actsparse.calibration.activity import activities
 from actsparse.calibration.allocation import ALLOCATIONS, Allocation, allocate
 from actsparse.calibration.budget import Budget, Scorer, search
 from actsparse.methods import Method, make
-from actsparse.methods.base import Calibrated, Layer, Targets
+from actsparse.methods.base import HEAD, Calibrated, Layer, Targets
 from actsparse.methods.statistics import MAX_TOKENS, Batch, CalibrationError, Statistic
 from actsparse.models import sites, text
 from actsparse.plan import SCOPES, ModelIdentity, Plan, PlanError, atomic_path

@@ -23,10 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from actsparse.calibration.activity import HEAD, Activity, Progress, activities
+from actsparse.calibration.activity import Activity, Progress, activities
 from actsparse.calibration.collect import load_calibration_windows
 from actsparse.kernels.planes import STORED
-from actsparse.methods.base import MethodError
+from actsparse.methods.base import HEAD, MethodError
 from actsparse.methods.feedback import energy_shares, round_with_feedback
 from actsparse.methods.graded import (
     DENSE_BITS,
@@ -157,9 +157,11 @@ class _Run:
         self._model, self._windows, self._settings, self._folder = model, windows, settings, folder
         self._layers = sites.layers_of(model)
         self.identity = ModelIdentity(**sites.describe(model))
+        self._names = {module: name for name, module in model.named_modules()}
+        # ModelError for anything but dense linear layers.
+        self._products: dict[int, dict[str, Any]] = {HEAD: {"head": model.get_output_embeddings()}}
         for layer in self._layers:
-            for projection, _ in layer.family.projections:
-                layer.linear(projection)  # ModelError for anything but a dense linear layer
+            self._products[layer.index] = {name: layer.linear(name) for name, _ in layer.family.projections}
 
     def expected_bytes(self) -> int:
         """About what the packed directory takes."""
@@ -256,7 +258,7 @@ class _Run:
                 tensors |= {f"{path}.{part}": tensor for part, tensor in tensors_of(packed).items()}
                 tensors |= {
                     f"{path}.center": center.clone(),
-                    f"{path}.start": self._start(activity.layer, name, center),
+                    f"{path}.start": self._start(activity.layer, name, weight, center),
                 }
                 state |= {f"{name}.{part}": tensor for part, tensor in reading.state().items()}
         tensors |= self._unpacked(activity.layer)
@@ -267,46 +269,29 @@ class _Run:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in content.items()}, temporary)
 
     def _weight(self, layer: int, name: str) -> torch.Tensor:
-        product = self._model.get_output_embeddings() if layer == HEAD else self._layers[layer].linear(name)
-        weight: torch.Tensor = product.weight.detach().float()
+        weight: torch.Tensor = self._products[layer][name].weight.detach().float()
         return weight
 
-    def _start(self, layer: int, name: str, center: torch.Tensor) -> torch.Tensor:
-        """What the product gives at the inputs' mean."""
-        product = self._model.get_output_embeddings() if layer == HEAD else self._layers[layer].linear(name)
-        start: torch.Tensor = product.weight.detach().float() @ center
-        return start if product.bias is None else start + product.bias.detach().float()
+    def _start(self, layer: int, name: str, weight: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+        """What the product gives at the inputs' center."""
+        bias = self._products[layer][name].bias
+        start = weight @ center
+        return start if bias is None else start + bias.detach().float()
 
     def _path(self, layer: int, name: str) -> str:
         """The name of a product's module in the model."""
-        wanted = self._model.get_output_embeddings() if layer == HEAD else self._layers[layer].linear(name)
-        return next(path for path, module in self._model.named_modules() if module is wanted)
+        return self._names[self._products[layer][name]]
 
     def _unpacked(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer, or of everything outside the layers, that are not packed matrices."""
-        packed = {self._path(index, name) for index in self._products() for name in self._products()[index]}
-        inside = {
-            name
-            for other in self._layers
-            for name, _ in self._model.named_parameters(remove_duplicate=False)
-            if name.startswith(self._prefix(other.index))
+        packed = {self._names[product] for products in self._products.values() for product in products.values()}
+        inside = tuple(f"{self._names[one.module]}." for one in self._layers)
+        return {
+            name: tensor.detach().clone()
+            for name, tensor in self._model.state_dict().items()
+            if name.rpartition(".")[0] not in packed
+            and (name.startswith(inside[layer]) if layer != HEAD else not name.startswith(inside))
         }
-        found = {}
-        for name, tensor in self._model.state_dict().items():
-            owner = name.rpartition(".")[0]
-            if owner in packed:
-                continue
-            here = name.startswith(self._prefix(layer)) if layer != HEAD else name not in inside
-            if here:
-                found[name] = tensor.detach().clone()
-        return found
-
-    def _prefix(self, layer: int) -> str:
-        wanted = self._layers[layer].module
-        return next(path for path, module in self._model.named_modules() if module is wanted) + "."
-
-    def _products(self) -> dict[int, list[str]]:
-        return {HEAD: ["head"], **{one.index: [name for name, _ in one.family.projections] for one in self._layers}}
 
     def _shard(self, layer: int) -> Path:
         return self._folder / SHARDS.format(layer + 1)
@@ -316,7 +301,7 @@ class _Run:
 
     def _readings(self, layer: int) -> Iterator[tuple[tuple[int, str], Reading]]:
         with safe_open(self._state(layer), framework="pt") as file:
-            for name in self._products()[layer]:
+            for name in self._products[layer]:
                 parts = {part: file.get_tensor(f"{name}.{part}") for part in ("center", "unit", "counts", "size")}
                 yield (layer, name), Reading(**parts)
 

@@ -16,6 +16,9 @@ import torch
 from actsparse.methods.statistics import Statistic
 from actsparse.plan import SCOPES, ModelIdentity
 
+# The output head where layers are counted.
+HEAD = -1
+
 
 class MethodError(ValueError):
     """Unknown method, or settings that a method cannot use."""

@@ -25,13 +25,12 @@ from typing import Any, ClassVar
 import torch
 
 from actsparse.kernels.planes import STORED, Packed
-from actsparse.methods.base import Calibrated, Layer, Method, MethodError, Solution, Targets
+from actsparse.methods.base import HEAD, Calibrated, Layer, Method, MethodError, Solution, Targets
 from actsparse.methods.rounding import residuals, round_nearest
 from actsparse.methods.statistics import Statistic
 
 # Bits of the weights that others read; the sparsity of a plan is the share of them that it does not.
 DENSE_BITS = 16
-HEAD = -1
 DEFAULT_BITS = 3.0
 _CENTER_ROUNDS = 3
 _READING_TOKENS = 4096
