@@ -16,6 +16,7 @@ from actsparse.methods.graded import (
     Reading,
     center_of,
     choose_theta,
+    most_bits,
     reading_of,
     solution_of,
     unit_of,
@@ -97,6 +98,18 @@ def test_budgets_out_of_reach_are_refused(products) -> None:
     for bits in (0.0, 9.9, float("nan")):
         with pytest.raises(MethodError, match="bits read is"):
             choose_theta(readings, bits)
+
+
+def test_a_search_for_a_budget_may_begin_at_every_plane(products) -> None:
+    readings = {key: reading(*values) for key, values in products.items()}
+    most = most_bits(readings)
+    assert most == pytest.approx(choose_bits(readings, most), abs=1e-6)
+    with pytest.raises(MethodError, match="bits read is"):
+        choose_theta(readings, most + 0.1)
+
+
+def choose_bits(readings: dict[tuple[int, str], Reading], bits: float) -> float:
+    return float(solution_of(readings, bits).facts["bits_read"])
 
 
 def test_residuals_at_level_zero_are_the_column(products) -> None:

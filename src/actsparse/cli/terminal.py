@@ -95,7 +95,7 @@ def sparsity_list(value: str) -> list[float]:
 def sparsities(options: argparse.Namespace, default: float) -> list[float]:
     """The targets of ``--sparsity``, for method graded those of ``--bits-read``, or the method's ``default``."""
     from actsparse.methods.base import MethodError
-    from actsparse.methods.graded import DENSE_BITS
+    from actsparse.methods.graded import DENSE_BITS, Graded
 
     if options.bits_read is None:
         return [default] if options.sparsity is None else list(options.sparsity)
@@ -103,9 +103,12 @@ def sparsities(options: argparse.Namespace, default: float) -> list[float]:
         raise MethodError(f"method {options.method} does not take --bits-read: expected graded")
     if options.sparsity is not None:
         raise MethodError("--bits-read and --sparsity were given, expected one of them")
+    stored = options.bits_stored or Graded().bits_stored
     for read in options.bits_read:
-        if not 0 < read <= DENSE_BITS:
-            raise MethodError(f"bits read is {read:g}, expected more than 0 and at most what is stored")
+        if not 0 < read <= stored + 1:  # scales come on top
+            raise MethodError(
+                f"bits read is {read:g}, expected more than 0 and at most the {stored} stored (and scales)"
+            )
     return [1 - read / DENSE_BITS for read in options.bits_read]
 
 

@@ -245,8 +245,15 @@ class Graded(Method):
         return found
 
     def solve(self, layers: Sequence[Calibrated], targets: Targets) -> Solution:
-        bits = DENSE_BITS * (1 - targets.default)
-        return solution_of({(c.layer.index, name): s for c in layers for name, s in c.statistics.items()}, bits)
+        readings = {(c.layer.index, name): s for c in layers for name, s in c.statistics.items()}
+        # A search for a budget begins at sparsity 0, and no sparsity reads more than every plane.
+        return solution_of(readings, min(DENSE_BITS * (1 - targets.default), most_bits(readings)))
+
+
+def most_bits(readings: Mapping[tuple[int, str], Statistic]) -> float:
+    """Bits per weight of the decoder layers' matrices with every plane read."""
+    counted = [one for (layer, _), one in readings.items() if layer != HEAD and isinstance(one, Reading)]
+    return sum(one.bits(2.0 ** (_LOWEST + 1)) * one.weights for one in counted) / sum(one.weights for one in counted)
 
 
 def by_input(inputs: Mapping[str, torch.Tensor]) -> list[tuple[list[str], torch.Tensor]]:
