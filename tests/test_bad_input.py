@@ -228,3 +228,9 @@ def test_a_block_with_one_dimension_of_1_reads_nothing_skipped(hidden: int, neur
     x = torch.ones(1, hidden)
     y = kernels.gated_ffn(x, gate, up, down.t().contiguous().t(), activation="relu", gate_threshold=threshold)
     assert y.tolist() == [[float((neurons - 1) * hidden * hidden)] * hidden]
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "warp", "meta", "cpu:x"])
+def test_device_that_this_machine_lacks(device: str) -> None:
+    with pytest.raises(ModelError, match=r"device is .*expected one"):
+        open_model("reference/nowhere", device=device)

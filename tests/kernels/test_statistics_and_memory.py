@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from actsparse import kernels
-from actsparse.kernels import cpu, reference
+from actsparse.kernels import cpu, portable, reference
 
 from .bounds import DTYPES
 
@@ -40,9 +40,12 @@ def test_channel_statistics(isa: str, threads: int, dtype: torch.dtype) -> None:
     np.testing.assert_allclose(sum_abs.numpy(), 2 * clean.sum(0), rtol=1e-13)
     np.testing.assert_allclose(sum_square.numpy(), 2 * (clean**2).sum(0), rtol=1e-13)
 
-    again = torch.zeros_like(counts)
-    assert reference.channel_statistics(x, again, min_exponent, sub_bits, None, None) == 2
-    assert torch.equal(2 * again, counts)
+    for plain in (reference, portable):
+        again, *sums = torch.zeros_like(counts), torch.zeros_like(sum_abs), torch.zeros_like(sum_square)
+        assert plain.channel_statistics(x, again, min_exponent, sub_bits, *sums) == 2
+        assert torch.equal(2 * again, counts)
+        np.testing.assert_allclose(2 * sums[0].numpy(), sum_abs.numpy(), rtol=1e-13)
+        np.testing.assert_allclose(2 * sums[1].numpy(), sum_square.numpy(), rtol=1e-13)
 
 
 def test_huge_pages_change_nothing_but_the_pages() -> None:

@@ -99,7 +99,10 @@ def run(options: argparse.Namespace) -> None:
     if options.evaluation_text:
         next(text.read_documents(options.evaluation_text))
     set_threads(options)
-    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+    model, tokenizer = (
+        opening.open_model(options.model, options.dtype, options.device),
+        opening.open_tokenizer(options.model),
+    )
     with progress_bar("calibrating") as progress:
         plans = engine.calibrate(
             model,

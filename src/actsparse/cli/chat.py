@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     if options.system:
         check_text(options.system, "--system")
     set_threads(options)
-    model, tokenizer = load(options.model, options.plan, dtype=options.dtype)
+    model, tokenizer = load(options.model, options.plan, dtype=options.dtype, device=options.device)
     context = engine.context_of(model)
     if options.context and options.context > context:
         raise ModelError(f"context is {options.context} tokens, expected at most the model's {context}")

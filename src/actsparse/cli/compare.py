@@ -70,7 +70,10 @@ def run(options: argparse.Namespace) -> None:
     report.check_plotting()
     set_threads(options)
     directory = Path(options.output)
-    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+    model, tokenizer = (
+        opening.open_model(options.model, options.dtype, options.device),
+        opening.open_tokenizer(options.model),
+    )
     with progress_bar("comparing") as progress:
         results = compare.compare(model, tokenizer, grid, directory, name=options.model, progress=progress)
     if not options.no_speed:

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     names = [name for name in options.tasks.split(",") if name]
     tasks = harness.Tasks(names, folder=options.tasks_folder, limit=options.limit, batch_size=options.batch_size)
     tasks.check(plan)
-    model, tokenizer = open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+    model, tokenizer = open_model(options.model, options.dtype, options.device), opening.open_tokenizer(options.model)
     state = state_of(model)
     if plan is None and state is not None:
         plan = state.plan  # a packed directory's own

@@ -24,7 +24,10 @@ def run(options: argparse.Namespace) -> None:
     from actsparse.models import opening
 
     set_threads(options)
-    model, tokenizer = opening.open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+    model, tokenizer = (
+        opening.open_model(options.model, options.dtype, options.device),
+        opening.open_tokenizer(options.model),
+    )
     with progress_bar("comparing") as progress:
         report = neuron_report(
             model,

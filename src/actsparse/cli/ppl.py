@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
 
     set_threads(options)
     plan = Plan.load(options.plan) if options.plan else None
-    model, tokenizer = open_model(options.model, options.dtype), opening.open_tokenizer(options.model)
+    model, tokenizer = open_model(options.model, options.dtype, options.device), opening.open_tokenizer(options.model)
     state = state_of(model)
     if state is not None and plan is None:
         plan = state.plan  # a packed directory's own
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         plan = plan.with_scope(options.scope or "all")
     if plan is not None:
         plan.check_model(ModelIdentity(**describe(model)))
-    reference = opening.open_model(options.against, options.dtype) if options.against else None
+    reference = opening.open_model(options.against, options.dtype, options.device) if options.against else None
     if reference is not None and reference.config.vocab_size != model.config.vocab_size:
         raise ModelError(
             f"{options.against} has a vocabulary of {reference.config.vocab_size} tokens, expected that of "

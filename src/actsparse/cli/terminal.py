@@ -28,7 +28,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="weights (default: as stored)",
     )
+    add_device_argument(parser)
     add_thread_argument(parser)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """--device, where the model is and runs."""
+    parser.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="where the model runs: cpu, cuda or cuda:1 (default: cpu)"
+    )
 
 
 def add_thread_argument(parser: argparse.ArgumentParser) -> None:

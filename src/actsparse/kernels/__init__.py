@@ -28,7 +28,6 @@ from .cpu import (
     Matrix,
     Norm,
     available_isas,
-    channel_statistics,
     core_statistics,
     decode_step,
     decoder_of,
@@ -128,6 +127,22 @@ def explain(x: Tensor, *weights: Tensor | None) -> str:
 
 def _rows(x: Tensor) -> int:
     return x.numel() // max(x.shape[-1], 1)
+
+
+# ---- statistics for calibration --------------------------------------------------------------------------------------
+
+
+def channel_statistics(
+    x: Tensor,
+    counts: Tensor | None,
+    min_exponent: int,
+    sub_bits: int,
+    sum_abs: Tensor | None,
+    sum_square: Tensor | None,
+) -> int:
+    """:func:`actsparse.kernels.reference.channel_statistics`: native on the CPU, in plain PyTorch on other devices."""
+    compute = cpu.channel_statistics if x.is_cpu else portable.channel_statistics
+    return compute(x, counts, min_exponent, sub_bits, sum_abs, sum_square)
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------

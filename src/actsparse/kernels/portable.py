@@ -4,7 +4,7 @@ It is what the executor of SVDP does on Ascend (arXiv:2603.14110): ``index_selec
 wherever PyTorch does (``npu`` through torch_npu, ``mps``, ``xpu``).  Weights that are not needed are never touched.  But every
 selection is a copy, and the host waits twice a block to learn how many rows there are: not fit for graph capture.
 
-Shape letters: H hidden, N neurons, R rank, B rows of x, C candidates, K kept; "..." any leading dimensions.
+Shape letters: H hidden, N neurons, R rank, B rows of x, C candidates, K kept, T tokens; "..." any leading dimensions.
 """
 
 from __future__ import annotations
@@ -69,6 +69,32 @@ def gated_ffn(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: R
     if rules.down_bias is not None:
         y = y + rules.down_bias.to(y.dtype)
     return y.reshape(*x.shape[:-1], down.shape[0])
+
+
+def channel_statistics(
+    x: Tensor,
+    counts: Tensor | None,
+    min_exponent: int,
+    sub_bits: int,
+    sum_abs: Tensor | None,
+    sum_square: Tensor | None,
+) -> int:
+    """As :func:`actsparse.kernels.reference.channel_statistics`, with bins read from the bits of float32; all on x's device."""
+    value = x.float().abs()
+    finite = value < torch.inf  # NaN is not
+    value = torch.where(finite, value, 0.0)
+    if sum_abs is not None:
+        sum_abs += value.sum(0, dtype=torch.float64)
+    if sum_square is not None:
+        sum_square += value.double().square_().sum(0)
+    if counts is not None:
+        bins = counts.shape[1]
+        # Positive floats order as their bits do: dropping low mantissa bits gives equal bins per octave.
+        place = (value.view(torch.int32) >> (23 - sub_bits)) - (((min_exponent + 127) << sub_bits) - 2)
+        place = torch.where(value == 0, 0, place.clamp_(1, bins - 1))
+        first = torch.arange(0, counts.numel(), bins, device=x.device)
+        counts.view(-1).scatter_add_(0, (place + first).view(-1), finite.view(-1).to(counts.dtype))
+    return int((~finite).sum())
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

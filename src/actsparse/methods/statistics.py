@@ -33,7 +33,10 @@ class Batch:
 
 
 class Statistic(ABC):
-    """Something accumulated over tokens from one or more taps of one layer."""
+    """Something accumulated over tokens from one or more taps of one layer.
+
+    What is large lies where the activations are; what is read from it comes on the CPU.
+    """
 
     taps: tuple[str, ...]
 
@@ -101,6 +104,7 @@ class Histogram(Statistic):
     def update(self, values: Mapping[str, torch.Tensor], batch: Batch) -> None:
         x = values[self.taps[0]]
         x = x.reshape(-1, self._counts.shape[0] if self._pooled else x.shape[-1])
+        self._counts = self._counts.to(x.device)
         _check(kernels.channel_statistics(x, self._counts, self.bins.min_exponent, self.bins.sub_bits, None, None))
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -113,7 +117,7 @@ class Histogram(Statistic):
             fraction: 0 <= fraction < 1.
             scale: [C] positive factors, per-channel histograms only; None for 1.
         """
-        counts = self._counts.to(torch.int64) & 0xFFFFFFFF
+        counts = self._counts.cpu().to(torch.int64) & 0xFFFFFFFF
         if self._pooled:
             counts = counts.sum(0, keepdim=True)
         cumulative = counts.cumsum(1).double()
@@ -171,6 +175,7 @@ class Moments(Statistic):
     def update(self, values: Mapping[str, torch.Tensor], batch: Batch) -> None:
         x = values[self.taps[0]]
         x = x.reshape(-1, x.shape[-1])
+        self._sum_abs, self._sum_square = self._sum_abs.to(x.device), self._sum_square.to(x.device)
         _check(kernels.channel_statistics(x, None, 0, 0, self._sum_abs, self._sum_square))
         self._tokens += len(x)
 
@@ -180,12 +185,12 @@ class Moments(Statistic):
     @property
     def mean_abs(self) -> torch.Tensor:
         """Mean of |value|, float64 [C]."""
-        return self._sum_abs / self._tokens.clamp(min=1)
+        return self._sum_abs.cpu() / self._tokens.clamp(min=1)
 
     @property
     def root_mean_square(self) -> torch.Tensor:
         """Root of the mean of value squared, float64 [C]."""
-        return (self._sum_square / self._tokens.clamp(min=1)).sqrt()
+        return (self._sum_square.cpu() / self._tokens.clamp(min=1)).sqrt()
 
 
 def _check(non_finite: int) -> None:

@@ -185,9 +185,9 @@ class Svdp(Method):
         threshold = self._threshold(scores, tokens, inactive)
         found = outcome(scores, tokens, threshold)
         prefix = f"layers.{layer.index}.ffn.predictor_"
-        solution.rules[f"{prefix}a"] = factors.a.float()
-        solution.rules[f"{prefix}b"] = factors.b.float().contiguous()
-        solution.rules[f"{prefix}bias"] = tokens.offset - threshold
+        solution.rules[f"{prefix}a"] = factors.a.float().cpu()
+        solution.rules[f"{prefix}b"] = factors.b.float().contiguous().cpu()
+        solution.rules[f"{prefix}bias"] = (tokens.offset - threshold).cpu()
         # Where both ReLUs count, what is known is a lower bound: zeros of up are found at run time.
         skip_zeros(solution, layer, found.skipped, found.skipped)
         if layer.gated:
@@ -228,7 +228,7 @@ class Svdp(Method):
     def _threshold(self, scores: torch.Tensor, tokens: Evidence, inactive: float) -> torch.Tensor:
         """Per neuron, the score up to which it is predicted inactive, float32 [N]."""
         if self.bias == "none":
-            return torch.zeros(len(scores))
+            return scores.new_zeros(len(scores))
         if self.bias == "constant":
             place = min(scores.numel(), 1 + round(inactive * (scores.numel() - 1)))
             return scores.flatten().kthvalue(place).values.expand(len(scores)).clone()
@@ -291,29 +291,29 @@ def gate_weight(layer: Layer) -> torch.Tensor:
 
 def evidence(layer: Layer, tokens: torch.Tensor, penalty: str, every: int = 1) -> Evidence:
     """Run the layer's own weights over sampled inputs [T, H]; with ``every``, of one in so many neurons."""
-    x = tokens.float()
     some = slice(None, None, every)
+    gate, up = gate_weight(layer)[some], layer.weight("up")[some]
+    x = tokens.to(gate.device, torch.float32)
 
     def bias_of(projection: str) -> torch.Tensor | None:
         bias = layer.bias(projection)
-        return None if bias is None else bias.detach().to("cpu", torch.float32)[some]
+        return None if bias is None else bias.detach().float()[some]
 
-    gate, up = gate_weight(layer)[some], layer.weight("up")[some]
     neurons = len(gate)
     offset = bias_of("gate" if layer.gated else "up")
     if offset is None:
-        offset = torch.zeros(neurons)
+        offset = x.new_zeros(neurons)
     up_bias = bias_of("up") if layer.gated else None
-    norms = layer.weight("down")[:, some].detach().to("cpu", torch.float32).norm(dim=0)
+    norms = layer.weight("down")[:, some].detach().float().norm(dim=0)
     power = 2 if layer.model.activation == "relu2" else 1
-    exact = torch.empty(neurons, len(x))
-    energy = torch.empty(neurons, len(x))
+    exact = x.new_empty(neurons, len(x))
+    energy = x.new_empty(neurons, len(x))
     for at in range(0, neurons, _CHUNK):
         rows = slice(at, at + _CHUNK)
-        exact[rows] = gate[rows].detach().to("cpu", torch.float32) @ x.T + offset[rows, None]
+        exact[rows] = gate[rows].detach().float() @ x.T + offset[rows, None]
         g = exact[rows].relu() ** power
         if layer.gated and penalty != "gate":
-            u = up[rows].detach().to("cpu", torch.float32) @ x.T
+            u = up[rows].detach().float() @ x.T
             if up_bias is not None:
                 u += up_bias[rows, None]
             g *= u.relu() if layer.model.activation == "drelu" else u
@@ -349,10 +349,10 @@ def neuron_thresholds(scores: torch.Tensor, energy: torch.Tensor, inactive: floa
     grid = min(GRID, tokens)
     # As published: losses are read at evenly spread ranks, thresholds at multiples of T // G. Both agree to 1 / T where
     # T is a multiple of G; elsewhere the thresholds lie a little lower, on the safe side.
-    ranks = torch.linspace(0, tokens - 1, grid).long()
+    ranks = torch.linspace(0, tokens - 1, grid).long().to(scores.device)
     stride = tokens // grid
-    loss = torch.empty(neurons, grid)
-    levels = torch.empty(neurons, grid)
+    loss = scores.new_empty(neurons, grid)
+    levels = scores.new_empty(neurons, grid)
     for at in range(0, neurons, _CHUNK):
         rows = slice(at, at + _CHUNK)
         ordered, order = scores[rows].sort(dim=1)
@@ -382,7 +382,7 @@ def advance(loss: torch.Tensor, start: torch.Tensor, steps: int, most_off: float
     if steps <= 0:
         return start
     cost = loss.diff(dim=1)
-    ahead = torch.arange(cost.shape[1]) >= start[:, None]
+    ahead = torch.arange(cost.shape[1], device=cost.device) >= start[:, None]
     dearest = cost.masked_fill(~ahead, -torch.inf).cummax(1).values
     # Stable, so that steps of one neuron with one maximum stay in their order.
     order = dearest[ahead].sort(stable=True).indices[:steps]

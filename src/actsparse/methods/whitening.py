@@ -30,7 +30,7 @@ _RIDGES = (0.0, 1e-8, 1e-6, 1e-4)
 
 
 class Covariance(Statistic):
-    """Sum of x x^T over the tokens of one tap, float64 [H, H]."""
+    """Sum of x x^T over the tokens of one tap, float64 [H, H], where the activations are."""
 
     def __init__(self, tap: str, channels: int) -> None:
         self.taps = (tap,)
@@ -39,9 +39,10 @@ class Covariance(Statistic):
 
     def update(self, values: Mapping[str, torch.Tensor], batch: Batch) -> None:
         x = values[self.taps[0]]
-        x = x.reshape(-1, x.shape[-1]).to("cpu", torch.float64)
+        x = x.reshape(-1, x.shape[-1]).to(torch.float64)
         if not bool(torch.isfinite(x).all()):
             raise CalibrationError("activations are NaN or infinite, expected finite values")
+        self._sum = self._sum.to(x.device)
         self._sum.addmm_(x.T, x)
         self._tokens += len(x)
 
@@ -55,7 +56,7 @@ class Covariance(Statistic):
 
     @property
     def mean(self) -> torch.Tensor:
-        """Mean of x x^T, float64 [H, H]."""
+        """Mean of x x^T, float64 [H, H], where the activations were."""
         return self._sum / max(1, self.tokens)
 
 
@@ -82,19 +83,19 @@ class LowRank:
 
 
 def low_rank(weight: torch.Tensor, rank: int, covariance: torch.Tensor | None) -> LowRank:
-    """The rank-R approximation of ``weight`` under inputs of this covariance.
+    """The rank-R approximation of ``weight`` under inputs of this covariance, computed where the weight is.
 
     Args:
         weight: W [N, H], any float type.
         rank: R, at most min(N, H).
         covariance: mean of x x^T [H, H]; None for the plain SVD.
     """
-    w = weight.detach().to("cpu", torch.float64)
+    w = weight.detach().to(torch.float64)
     gram = _gram(w)
     if covariance is None:
         vectors, residual = top_eigenvectors(gram, rank)
         return LowRank(vectors.T.contiguous(), w @ vectors, 0.0, residual)
-    factor, ridge = cholesky(covariance)
+    factor, ridge = cholesky(covariance.to(w.device))
     vectors, residual = top_eigenvectors(factor.T @ (gram @ factor), rank)
     a = torch.linalg.solve_triangular(factor.T, vectors, upper=True).T.contiguous()
     return LowRank(a, w @ (factor @ vectors), ridge, residual)
@@ -108,7 +109,7 @@ def cholesky(covariance: torch.Tensor) -> tuple[torch.Tensor, float]:
     scale = float(covariance.diagonal().mean())
     if not scale > 0:
         raise CalibrationError("every activation is zero, expected something to whiten")
-    identity = torch.eye(len(covariance), dtype=torch.float64)
+    identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
     for ridge in _RIDGES:
         factor, failed = torch.linalg.cholesky_ex(covariance + ridge * scale * identity)
         if not int(failed) and float(factor.diagonal().min()) ** 2 > _SMALLEST_PIVOT * scale:
@@ -128,7 +129,7 @@ def top_eigenvectors(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, fl
         vectors = torch.linalg.eigh(matrix).eigenvectors[:, size - count :].flip(1)
         return vectors.contiguous(), _residual(matrix, vectors)
     noise = torch.randn(size, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(matrix @ noise).Q
+    basis = torch.linalg.qr(matrix @ noise.to(matrix.device)).Q
     for left in reversed(range(_ROUNDS)):
         image = matrix @ basis
         values, rotation = torch.linalg.eigh(basis.T @ image)
@@ -158,6 +159,8 @@ def _residual(matrix: torch.Tensor, vectors: torch.Tensor) -> float:
 
 
 def _gram(w: torch.Tensor) -> torch.Tensor:
-    """W^T W; numpy sees the symmetry and does half the work, torch does not."""
+    """W^T W; on the CPU numpy sees the symmetry and does half the work, torch does not."""
+    if not w.is_cpu:
+        return w.T @ w
     array = w.numpy()
     return torch.from_numpy(array.T @ array)

@@ -25,21 +25,35 @@ def is_packed(name: str) -> bool:
         return False
 
 
-def open_model(name: str, dtype: str = "auto") -> Any:
+def device_of(name: str) -> torch.device:
+    """The device ``name`` (such as ``cpu``, ``cuda`` or ``cuda:1``); ModelError for one that this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not built in, or absent
+        raise ModelError(f"device is {name!r}, expected one of this machine: {_first_line(error)}") from None
+    if device.type == "meta":
+        raise ModelError("device is 'meta', expected one that holds values")
+    return device
+
+
+def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
     """The causal language model ``name`` (a directory or a hub id), in evaluation mode.
 
     Args:
         name: what ``AutoModelForCausalLM.from_pretrained`` takes.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: where its weights go, see :func:`device_of`.
 
     Raises:
-        ModelError: missing, unreadable, of a family that is not supported, or with tensors that are missing or of other
-            shapes than its config.json says (heads that are tied excepted).
+        ModelError: no such device; missing, unreadable, of a family that is not supported, or with tensors that are missing or
+            of other shapes than its config.json says (heads that are tied excepted).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown: expected auto, {', '.join(DTYPES)}")
+    place = device_of(device)
     _check_directory(name)
     if is_packed(name):
         raise ModelError(f"model {name} is packed, expected a dense one")
@@ -56,7 +70,7 @@ def open_model(name: str, dtype: str = "auto") -> Any:
         raise
     except Exception as error:  # transformers, the hub client and safetensors raise many unrelated kinds
         raise ModelError(f"model {name} cannot be loaded: {_first_line(error)}") from None
-    return model.eval()
+    return model.eval().to(place)
 
 
 def local_directory(name: str) -> str:

@@ -121,6 +121,7 @@ def load(
     plan: Plan | str | os.PathLike[str] | None = None,
     *,
     dtype: str = "auto",
+    device: str = "cpu",
     low_memory: bool = False,
     **options: Any,
 ) -> Any:
@@ -128,22 +129,24 @@ def load(
 
     ``low_memory`` (a directory, weights as stored) keeps feed-forward weights in their files: :mod:`.lowmemory`.
     """
-    model = open_mapped(name) if low_memory else open_model(name, dtype)
+    model = open_mapped(name) if low_memory else open_model(name, dtype, device)
     tokenizer = opening.open_tokenizer(name)
     if plan is not None:
         sparsify(model, plan, **options)
     return model, tokenizer
 
 
-def open_model(name: str, dtype: str = "auto") -> Any:
+def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
     """The model ``name``, dense; a packed directory's comes under its own plan.
 
     As :func:`actsparse.models.opening.open_model`, which opens what is not packed; PlanError for a packed directory's bad plan.
     """
     if not opening.is_packed(name):
-        return opening.open_model(name, dtype)
+        return opening.open_model(name, dtype, device)
     if dtype != "auto":
         raise ModelError(f"dtype is {dtype}, {name} is packed: expected auto")
+    if opening.device_of(device).type != "cpu":
+        raise ModelError(f"device is {device}, {name} is packed: expected cpu")
     model, plan = open_packed(name)
     return sparsify(model, plan)
 
