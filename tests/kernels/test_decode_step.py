@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import pytest
@@ -44,11 +45,25 @@ class Llama:
         angle = torch.outer(torch.arange(self.length).double(), 100.0 ** -(torch.arange(self.dim // 2) / 8.0))
         self.cosine, self.sine = angle.cos().float(), angle.sin().float()
 
+    def widen(self, neurons: int) -> None:
+        """More neurons, as random as the others."""
+        self.neurons = neurons
+        for layer in self.layers:
+            for name in ("gate", "up", "down"):
+                layer[name] = torch.randn((self.hidden, neurons) if name == "down" else (neurons, self.hidden)) / 6
+                layer.pop(f"{name}_bias", None)
+            layer["g_t"] = torch.rand(neurons) / 2
+
     def native(self) -> cpu.Decoder:
+        def columns(layer: dict[str, Tensor], name: str) -> Tensor:
+            # Stored once, however many decoders point at it.
+            if f"{name}_columns" not in layer:
+                layer[f"{name}_columns"] = stored(layer[name], "columns", torch.float32)
+            return layer[f"{name}_columns"]
+
         def matrix(layer: dict[str, Tensor], name: str) -> cpu.Matrix:
-            columns = name in ("q", "o", "down")
-            return kernels.matrix_of(stored(layer[name], "columns" if columns else "rows", torch.float32),
-                                     layer.get(f"{name}_bias"))  # fmt: skip
+            weight = columns(layer, name) if name in ("q", "o") else layer[name]
+            return kernels.matrix_of(weight, layer.get(f"{name}_bias"))
 
         def norm(layer: dict[str, Tensor], name: str) -> cpu.Norm:
             return kernels.norm_of(layer[name], eps=1e-5, kind=self.kind, bias=layer.get(f"{name}_bias"))
@@ -56,7 +71,7 @@ class Llama:
         layers = []
         for layer in self.layers:
             ffn = kernels.ffn_of(
-                layer["gate"], layer["up"], stored(layer["down"], "columns", torch.float32),
+                layer["gate"], layer["up"], columns(layer, "down"),
                 kernels.Rules("silu", gate_bias=layer.get("gate_bias"), up_bias=layer.get("up_bias"),
                               down_bias=layer.get("down_bias"), gate_threshold=layer["g_t"]),
             )  # fmt: skip
@@ -146,3 +161,77 @@ def test_decode_step(isa: str, threads: int, options: dict[str, object]) -> None
         kernels.decode_step(decoder, 0, model.length, torch.empty(model.vocabulary))
     with pytest.raises(ValueError, match="decode_step"):
         kernels.decode_step(decoder, model.vocabulary, 0, torch.empty(model.vocabulary))
+
+
+OPTIONS = {"window": 7, "q_norms": True, "biases": True, "kind": "rms"}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_sequences_decoded_together_keep_the_bits_they_have_alone(isa: str, threads: int, count: int) -> None:
+    """Whoever else is there, at whatever position: rows that keep other channels must not move a row's sums."""
+    model = Llama(**OPTIONS)  # type: ignore[arg-type]
+    model.widen(700)  # so that several tasks share the neurons
+    together, alone = ([model.native() for _ in range(count)] for _ in range(2))
+    generator = torch.Generator().manual_seed(count)
+    tokens = torch.randint(model.vocabulary, (count, model.length), generator=generator).tolist()
+    begins = torch.randint(model.length // 2, (count,), generator=generator).tolist()
+    position = [0] * count
+    stats = (cpu.Stats * 4)()
+    while any(p < model.length for p in position):
+        # They come and go: sequence i joins late and ends where its cache does.
+        rows = [i for i in range(count) if position[i] or begins[i] <= max(position)]
+        rows = [i for i in rows if position[i] < model.length] or [min(range(count), key=position.__getitem__)]
+        found = torch.full((len(rows), model.vocabulary), math.nan)
+        kernels.decode_together(
+            [together[i] for i in rows],
+            [tokens[i][position[i]] for i in rows],
+            [position[i] for i in rows],
+            found,
+            stats,
+        )
+        for row, i in zip(found, rows, strict=True):
+            expected = torch.full((model.vocabulary,), math.nan)
+            kernels.decode_step(alone[i], tokens[i][position[i]], position[i], expected)
+            assert torch.equal(row, expected)
+            position[i] += 1
+    assert all(each.bytes > 0 for each in stats)
+
+
+def test_what_is_read_together_counts_once_and_by_layer() -> None:
+    model = Llama(**OPTIONS)  # type: ignore[arg-type]
+    first, second = model.native(), model.native()
+    logits, stats = torch.empty(1, model.vocabulary), (cpu.Stats * 4)()
+    kernels.decode_together([first], [5], [0], logits, stats)
+    single = cpu.Stats()
+    kernels.decode_step(second, 5, 0, logits[0], ctypes.byref(single))
+    assert sum(each.bytes for each in stats) == single.bytes
+    assert stats[3].bytes == 4 * model.vocabulary * model.hidden
+    twice = (cpu.Stats * 4)()
+    kernels.decode_together([first, second], [5, 5], [1, 1], torch.empty(2, model.vocabulary), twice)
+    once = (cpu.Stats * 4)()
+    kernels.decode_together([first], [5], [1], logits, once)
+    assert [each.bytes for each in twice] == [each.bytes for each in once]
+
+
+def test_sequences_that_cannot_go_together_are_refused() -> None:
+    model = Llama(**OPTIONS)  # type: ignore[arg-type]
+    one, two, other = model.native(), model.native(), Llama(**OPTIONS).native()  # type: ignore[arg-type]
+    stats = (cpu.Stats * 4)()
+
+    def logits(rows: int) -> Tensor:
+        return torch.empty(rows, model.vocabulary)
+
+    for decoders, tokens, positions in (
+        ([one, one], [1, 1], [0, 0]),  # one cache twice
+        ([one, other], [1, 1], [0, 0]),  # another model's weights
+        ([one, two], [1, model.vocabulary], [0, 0]),
+        ([one, two], [1, 1], [0, model.length]),
+    ):
+        with pytest.raises(ValueError, match="decode_together"):
+            kernels.decode_together(decoders, tokens, positions, logits(2), stats)
+    with pytest.raises(ValueError, match="9 decoders"):
+        kernels.decode_together([model.native() for _ in range(9)], [1] * 9, [0] * 9, logits(9), stats)
+    with pytest.raises(ValueError, match="logits must be"):
+        kernels.decode_together([one], [1], [0], logits(2), stats)
+    with pytest.raises(ValueError, match="3 counters"):
+        kernels.decode_together([one], [1], [0], logits(1), (cpu.Stats * 3)())

@@ -30,6 +30,7 @@ from .cpu import (
     available_isas,
     core_statistics,
     decode_step,
+    decode_together,
     decoder_of,
     ffn_of,
     isa,
@@ -47,10 +48,10 @@ from .rules import NAMES, Rules
 
 __all__ = [
     "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "Rules", "available_isas",
-    "channel_statistics", "core_statistics", "cuda", "decode_step", "decoder_of", "explain", "ffn_of", "gated_ffn",
-    "graded_linear", "graded_path", "isa", "layer_of", "linear", "matrix_of", "norm_of", "packed_of", "path_for",
-    "planes", "portable",
-    "read_bandwidth", "reference", "reset_stats", "select_isa", "stats", "unpack_columns", "use_huge_pages",
+    "channel_statistics", "core_statistics", "cuda", "decode_step", "decode_together", "decoder_of", "explain",
+    "ffn_of", "gated_ffn", "graded_linear", "graded_path", "isa", "layer_of", "linear", "matrix_of", "norm_of",
+    "packed_of", "path_for", "planes", "portable", "read_bandwidth", "reference", "reset_stats", "select_isa",
+    "stats", "unpack_columns", "use_huge_pages",
 ]  # fmt: skip
 
 

@@ -156,7 +156,7 @@ class Decoder:
         """
         tokens = tokens.to(self._keys.device)
         begin, end = self.position, self.position + tokens.numel()
-        self._check(end)
+        self.check(end)
         if tokens.dim() != 1 or begin == end:
             raise ModelError(f"tokens have shape {list(tokens.shape)}, expected [T] with T >= 1")
         # Without a config every layer keeps all positions: a sliding window is then the mask's business alone.
@@ -189,7 +189,7 @@ class Decoder:
             ModelError: the cache is full, the token is not in the vocabulary, the model was changed since, or its neurons
                 are chosen per prompt and there is no prompt before the token.
         """
-        self._check(self.position + 1)
+        self.check(self.position + 1)
         if self._prompts is not None and (self._session is None or self.position < self._session.seen):
             known = 0 if self._session is None else self._session.seen
             raise ModelError(
@@ -239,7 +239,8 @@ class Decoder:
             self._chosen_ffns.append(ffn)
             self.native.layer[index].ffn = ffn
 
-    def _check(self, end: int) -> None:
+    def check(self, end: int) -> None:
+        """ModelError unless the cache has room up to position ``end`` and the model is what the decoder was made for."""
         if end > self.cache_length:
             raise ModelError(f"{end} tokens do not fit the cache of {self.cache_length}")
         if state_of(self.model) is not self._state:

@@ -1,15 +1,16 @@
-"""The native decode step: a whole decoder as one structure, one call per token."""
+"""The native decode step: a whole decoder as one structure, one call per token of one sequence or of several together."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .loading import check, library, stats_reference
-from .structures import DTYPES, FFN, NORMS, Decoder, Layer, Matrix, Norm, pointer_to, vector_of
+from .loading import MAX_BATCH, check, library, stats_reference
+from .structures import DTYPES, FFN, NORMS, Decoder, Layer, Matrix, Norm, Stats, pointer_to, vector_of
 
 
 def norm_of(weight: Tensor | None, *, eps: float, kind: str = "rms", bias: Tensor | None = None) -> Norm:
@@ -122,3 +123,38 @@ def decode_step(decoder: Decoder, token: int, position: int, logits: Tensor, sta
         library().as_decode_step(ctypes.byref(decoder), token, position, logits.data_ptr(), stats),
         "decode_step",
     )
+
+
+def decode_together(
+    decoders: Sequence[Decoder],
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    logits: Tensor,
+    stats: ctypes.Array[Stats],
+) -> None:
+    """One token of each of up to 8 sequences, whose decoders point at the same weights and have their own caches.
+
+    Each appends to its caches at its position; row b of ``logits``, float32 [B, vocab], gets the bits that
+    :func:`decode_step` gives for that sequence alone.  What is read is counted once, by layer, in ``stats`` [layers + 1]
+    (the last: the output head).  Raises ValueError for decoders of different weights, or with neurons chosen for one text.
+    """
+    count = len(decoders)
+    head = decoders[0].lm_head if decoders[0].lm_head.data else decoders[0].embedding
+    if not 1 <= count <= MAX_BATCH or not count == len(tokens) == len(positions):
+        raise ValueError(
+            f"{count} decoders, {len(tokens)} tokens and {len(positions)} positions, expected as many, 1 to {MAX_BATCH}"
+        )
+    if logits.dtype != torch.float32 or not logits.is_contiguous() or tuple(logits.shape) != (count, head.out):
+        raise ValueError(
+            f"logits must be contiguous float32 [{count}, {head.out}], got {logits.dtype} {tuple(logits.shape)}"
+        )
+    if len(stats) != decoders[0].layers + 1:
+        raise ValueError(f"{len(stats)} counters, expected {decoders[0].layers + 1}")
+    numbers = ctypes.c_int64 * count
+    check(
+        library().as_decode_together(
+            (ctypes.c_void_p * count)(*(ctypes.addressof(decoder) for decoder in decoders)), numbers(*tokens),
+            numbers(*positions), count, logits.data_ptr(), stats,
+        ),
+        "decode_together",
+    )  # fmt: skip

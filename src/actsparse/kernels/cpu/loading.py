@@ -12,7 +12,7 @@ import torch
 
 from .structures import FFN, Call, Decoder, Matrix, Stats
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 MAX_BATCH = 8
 
 
@@ -43,6 +43,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("as_ffn_forward", [POINTER(FFN), pointer, pointer, i64, i32, POINTER(Stats)], i32),
         ("as_unpack", [POINTER(Matrix), i64, i64, i32, pointer, i32], i32),
         ("as_decode_step", [POINTER(Decoder), i64, i64, pointer, POINTER(Stats)], i32),
+        ("as_decode_together", [pointer, pointer, pointer, i64, pointer, POINTER(Stats)], i32),
         (
             "as_channel_statistics",
             [pointer, i32, i64, i64, i64, pointer, i64, i32, i32, pointer, pointer],

@@ -115,7 +115,7 @@ class Layer(Structure):
 
 
 class Decoder(Structure):
-    """``as_decoder``: a whole Llama-kind decoder, batch 1."""
+    """``as_decoder``: a whole Llama-kind decoder and the caches of one sequence."""
 
     _fields_ = [
         ("layers", c_int64),

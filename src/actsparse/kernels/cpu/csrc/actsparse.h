@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define AS_ABI_VERSION 6
+#define AS_ABI_VERSION 7
 #define AS_MAX_BATCH 8
 #define AS_API __attribute__((visibility("default")))
 
@@ -90,7 +90,7 @@ typedef struct {
   void *k_cache, *v_cache;  // [kv_heads, cache_length, head_dim] in cache_dtype
 } as_layer;
 
-// One decoder of the Llama kind (pre-norm, rotary, grouped-query attention), batch 1.
+// One decoder of the Llama kind (pre-norm, rotary, grouped-query attention) and the caches of one sequence.
 typedef struct {
   int64_t layers, hidden, heads, kv_heads, head_dim, cache_length;
   int64_t window;  // sliding attention window in positions, 0 = none
@@ -131,6 +131,11 @@ AS_API int32_t as_unpack(const as_matrix* w, int64_t begin, int64_t end, int32_t
 AS_API int32_t as_ffn_forward(const as_ffn* ffn, const void* x, void* y, int64_t batch, int32_t io_dtype, as_stats* stats);
 // One token: embeds `token`, appends to the caches at `position`, writes float32 logits [vocab].
 AS_API int32_t as_decode_step(const as_decoder* decoder, int64_t token, int64_t position, float* logits, as_stats* stats);
+// The same for one token of each of `batch` sequences, whose decoders were made of one model and differ in their caches: a row
+// of logits [batch, vocab] has the bits that as_decode_step gives for its sequence alone. What is read for several rows counts
+// once, in stats [layers + 1] (the last is the output head's) or nowhere if NULL. Decoders with chosen neurons are refused.
+AS_API int32_t as_decode_together(const as_decoder* const* decoders, const int64_t* tokens, const int64_t* positions,
+                                  int64_t batch, float* logits, as_stats* stats);
 
 // Streaming per-channel statistics of x [tokens, channels] (row stride in elements). counts [channels, bins] or NULL:
 // bin 0 exact zeros, bin 1 values under 2^min_exponent, then 2^sub_bits linear bins per octave, last bin open above.

@@ -1,4 +1,4 @@
-// One whole token of a Llama-kind decoder without returning to Python.
+// One whole token of a Llama-kind decoder, or of several sequences together, without returning to Python.
 #include <new>
 
 #include "internal.h"
@@ -47,89 +47,169 @@ void rotate(const as_decoder& d, int64_t position, float* head) {
   }
 }
 
-// q [heads, head_dim] becomes the attention output; k and v [kv_heads, head_dim] are appended to the caches.
-void attend(const as_decoder& d, const as_layer& l, int64_t position, float* q, float* k, const float* v, float* out) {
-  const IsaOps& isa = ops();
-  const int64_t group = d.heads / d.kv_heads, size = element_size(d.cache_dtype);
-  const int64_t begin = d.window && position + 1 > d.window ? position + 1 - d.window : 0, count = position + 1 - begin;
-  const int64_t score_stride = padded(count);
-  const int64_t cache_bytes = 2 * d.kv_heads * count * d.head_dim * size;
-  int64_t tasks = tasks_for(cache_bytes);
-  if (tasks > d.kv_heads) tasks = d.kv_heads;
-  float* const all_scores = arena().take<float>(tasks * AS_MAX_BATCH * score_stride);
+// The sequences of one step, which share their weights: a decoder each for its caches, its newest token and that one's position.
+struct Batch {
+  const as_decoder* const* decoder;
+  const int64_t *token, *position;
+  int64_t size;
+  // Positions attended to: `count` from `begin` on.
+  int64_t begin(int64_t b) const {
+    const int64_t window = decoder[b]->window, end = position[b] + 1;
+    return window && end > window ? end - window : 0;
+  }
+  int64_t count(int64_t b) const { return position[b] + 1 - begin(b); }
+};
 
+// Rows of vectors [batch, stride]: q [heads, head_dim] becomes the attention output; k and v [kv_heads, head_dim] are appended to
+// the caches.
+struct Vectors {
+  float* at;
+  int64_t stride;
+  float* row(int64_t b) const { return at + b * stride; }
+};
+
+// One key/value head of one sequence.
+void attend_head(const as_decoder& d, const as_layer& l, int64_t position, int64_t begin, int64_t count, int64_t h, float* q,
+                 float* k, const float* v, float* out, float* scores) {
+  const IsaOps& isa = ops();
+  const int64_t group = d.heads / d.kv_heads, size = element_size(d.cache_dtype), score_stride = padded(count);
+  char* const keys = static_cast<char*>(l.k_cache) + h * d.cache_length * d.head_dim * size;
+  char* const values = static_cast<char*>(l.v_cache) + h * d.cache_length * d.head_dim * size;
+  float* const key = k + h * d.head_dim;
+  if (l.k_norm.weight) normalise(l.k_norm, key, d.head_dim, key);
+  rotate(d, position, key);
+  isa.narrow(d.cache_dtype, key, keys + position * d.head_dim * size, d.head_dim);
+  isa.narrow(d.cache_dtype, v + h * d.head_dim, values + position * d.head_dim * size, d.head_dim);
+  for (int64_t first = 0; first < group; first += AS_MAX_BATCH) {
+    const int64_t n = group - first < AS_MAX_BATCH ? group - first : AS_MAX_BATCH;
+    float* const query = q + (h * group + first) * d.head_dim;
+    float* const result = out + (h * group + first) * d.head_dim;
+    for (int64_t i = 0; i < n; ++i) {
+      float* const head = query + i * d.head_dim;
+      if (l.q_norm.weight) normalise(l.q_norm, head, d.head_dim, head);
+      rotate(d, position, head);
+      isa.arrange(d.cache_dtype, head, d.head_dim);
+    }
+    isa.dot_rows(d.cache_dtype, keys, d.head_dim, nullptr, begin, count, query, d.head_dim, n, d.head_dim, scores, score_stride);
+    for (int64_t i = 0; i < n; ++i) isa.softmax(scores + i * score_stride, d.attention_scale, count);
+    isa.add_rows(d.cache_dtype, values, d.head_dim, nullptr, begin, count, scores, score_stride, n, d.head_dim, result,
+                 d.head_dim, true);
+  }
+}
+
+void attend(const Batch& batch, int64_t layer, Vectors q, Vectors k, Vectors v, Vectors out) {
+  const as_decoder& d = *batch.decoder[0];
+  const int64_t heads = batch.size * d.kv_heads;
+  int64_t positions = 0, most = 0;
+  for (int64_t b = 0; b < batch.size; ++b) {
+    const int64_t count = batch.count(b);
+    positions += count;
+    most = count > most ? count : most;
+  }
+  int64_t tasks = tasks_for(2 * d.kv_heads * positions * d.head_dim * element_size(d.cache_dtype));
+  if (tasks > heads) tasks = heads;
+  const int64_t room = AS_MAX_BATCH * padded(most);
+  float* const scores = arena().take<float>(tasks * room);
   parallel(tasks, [&](int64_t task) {
-    float* const scores = all_scores + task * AS_MAX_BATCH * score_stride;
-    const Slice s = slice_of(d.kv_heads, task, tasks);
-    for (int64_t h = s.begin; h < s.end; ++h) {
-      char* const keys = static_cast<char*>(l.k_cache) + h * d.cache_length * d.head_dim * size;
-      char* const values = static_cast<char*>(l.v_cache) + h * d.cache_length * d.head_dim * size;
-      float* const key = k + h * d.head_dim;
-      if (l.k_norm.weight) normalise(l.k_norm, key, d.head_dim, key);
-      rotate(d, position, key);
-      isa.narrow(d.cache_dtype, key, keys + position * d.head_dim * size, d.head_dim);
-      isa.narrow(d.cache_dtype, v + h * d.head_dim, values + position * d.head_dim * size, d.head_dim);
-      for (int64_t first = 0; first < group; first += AS_MAX_BATCH) {
-        const int64_t n = group - first < AS_MAX_BATCH ? group - first : AS_MAX_BATCH;
-        float* const query = q + (h * group + first) * d.head_dim;
-        float* const result = out + (h * group + first) * d.head_dim;
-        for (int64_t i = 0; i < n; ++i) {
-          float* const head = query + i * d.head_dim;
-          if (l.q_norm.weight) normalise(l.q_norm, head, d.head_dim, head);
-          rotate(d, position, head);
-          isa.arrange(d.cache_dtype, head, d.head_dim);
-        }
-        isa.dot_rows(d.cache_dtype, keys, d.head_dim, nullptr, begin, count, query, d.head_dim, n, d.head_dim, scores,
-                     score_stride);
-        for (int64_t i = 0; i < n; ++i) isa.softmax(scores + i * score_stride, d.attention_scale, count);
-        isa.add_rows(d.cache_dtype, values, d.head_dim, nullptr, begin, count, scores, score_stride, n, d.head_dim,
-                     result, d.head_dim, true);
-      }
+    const Slice s = slice_of(heads, task, tasks);
+    for (int64_t i = s.begin; i < s.end; ++i) {
+      const int64_t b = i / d.kv_heads;
+      attend_head(*batch.decoder[b], batch.decoder[b]->layer[layer], batch.position[b], batch.begin(b), batch.count(b),
+                  i % d.kv_heads, q.row(b), k.row(b), v.row(b), out.row(b), scores + task * room);
     }
   });
 }
 
-void add_scaled(float* h, const float* block, float scale, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) h[i] += scale * block[i];
+Vectors take_vectors(int64_t batch, int64_t width) { return {arena().take<float>(batch * padded(width)), padded(width)}; }
+
+void normalise(const as_norm& norm, Vectors x, int64_t batch, int64_t n, Vectors y) {
+  for (int64_t b = 0; b < batch; ++b) normalise(norm, x.row(b), n, y.row(b));
 }
 
-void decode(const as_decoder& d, int64_t token, int64_t position, float* logits, as_stats* stats) {
+void add_scaled(Vectors h, Vectors block, int64_t batch, float scale, int64_t n) {
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = 0; i < n; ++i) h.row(b)[i] += scale * block.row(b)[i];
+}
+
+// logits [batch, vocabulary]. What layer n reads is added to stats[n * stats_stride], what the head reads to the one after them.
+void decode(const Batch& batch, float* logits, as_stats* stats, int64_t stats_stride) {
   const IsaOps& isa = ops();
   Arena& scratch = arena();
-  const int64_t q_width = d.heads * d.head_dim, kv_width = d.kv_heads * d.head_dim;
-  float* const h = scratch.take<float>(d.hidden);  // the residual stream
-  float* const x = scratch.take<float>(d.hidden);
-  float* const block = scratch.take<float>(padded(d.hidden));
-  float* const q = scratch.take<float>(padded(q_width));
-  float* const k = scratch.take<float>(padded(kv_width));
-  float* const v = scratch.take<float>(padded(kv_width));
-  float* const attention = scratch.take<float>(q_width);
+  const as_decoder& d = *batch.decoder[0];
+  const int64_t rows = batch.size, q_width = d.heads * d.head_dim, kv_width = d.kv_heads * d.head_dim;
+  const Vectors h = take_vectors(rows, d.hidden);  // the residual streams
+  const Vectors x = take_vectors(rows, d.hidden), block = take_vectors(rows, d.hidden);
+  const Vectors q = take_vectors(rows, q_width), attention = take_vectors(rows, q_width);
+  const Vectors k = take_vectors(rows, kv_width), v = take_vectors(rows, kv_width);
 
-  isa.widen(d.embedding.dtype, stored_at(d.embedding, token), h, d.hidden);
-  for (int64_t i = 0; i < d.hidden; ++i) h[i] *= d.embedding_scale;
-  for (int64_t n = 0; n < d.layers; ++n) {
+  for (int64_t b = 0; b < rows; ++b) {
+    float* const to = h.row(b);
+    isa.widen(d.embedding.dtype, stored_at(d.embedding, batch.token[b]), to, d.hidden);
+    for (int64_t i = 0; i < d.hidden; ++i) to[i] *= d.embedding_scale;
+  }
+  for (int64_t n = 0; n < d.layers; ++n, stats += stats ? stats_stride : 0) {
     const as_layer& l = d.layer[n];
     const size_t mark = scratch.mark();
-    normalise(l.input_norm, h, d.hidden, x);
-    Product qkv[3] = {prepare(l.q, l.q_threshold, x, d.hidden, 1, q, padded(q_width)),
-                      prepare(l.k, l.k_threshold, x, d.hidden, 1, k, padded(kv_width)),
-                      prepare(l.v, l.v_threshold, x, d.hidden, 1, v, padded(kv_width))};
-    run(qkv, 3, 1, stats);
-    attend(d, l, position, q, k, v, attention);
-    Product o = prepare(l.o, l.o_threshold, attention, q_width, 1, block, padded(d.hidden));
-    run(&o, 1, 1, stats);
-    add_scaled(h, block, d.residual_scale, d.hidden);
-    normalise(l.post_norm, h, d.hidden, x);
-    ffn(l.ffn, x, d.hidden, block, padded(d.hidden), 1, stats);
-    add_scaled(h, block, d.residual_scale, d.hidden);
+    normalise(l.input_norm, h, rows, d.hidden, x);
+    Product qkv[3] = {prepare(l.q, l.q_threshold, x.at, x.stride, rows, q.at, q.stride),
+                      prepare(l.k, l.k_threshold, x.at, x.stride, rows, k.at, k.stride),
+                      prepare(l.v, l.v_threshold, x.at, x.stride, rows, v.at, v.stride)};
+    run(qkv, 3, rows, stats);
+    attend(batch, n, q, k, v, attention);
+    Product o = prepare(l.o, l.o_threshold, attention.at, attention.stride, rows, block.at, block.stride);
+    run(&o, 1, rows, stats);
+    add_scaled(h, block, rows, d.residual_scale, d.hidden);
+    normalise(l.post_norm, h, rows, d.hidden, x);
+    ffn(l.ffn, x.at, x.stride, block.at, block.stride, rows, stats);
+    add_scaled(h, block, rows, d.residual_scale, d.hidden);
     scratch.release(mark);
   }
-  normalise(d.final_norm, h, d.hidden, x);
+  normalise(d.final_norm, h, rows, d.hidden, x);
   const as_matrix& head = d.lm_head.data ? d.lm_head : d.embedding;
-  Product p = prepare(head, nullptr, x, d.hidden, 1, logits, head.out);
-  run(&p, 1, 1, stats);
+  Product p = prepare(head, nullptr, x.at, x.stride, rows, logits, head.out);
+  run(&p, 1, rows, stats);
   if (d.logit_scale != 1.0f)
-    for (int64_t i = 0; i < head.out; ++i) logits[i] *= d.logit_scale;
+    for (int64_t i = 0; i < rows * head.out; ++i) logits[i] *= d.logit_scale;
+}
+
+bool same(const as_matrix& v, const as_matrix& w) {
+  if (!is_packed(v) || !is_packed(w)) return v.data == w.data;
+  return static_cast<const as_packed*>(v.data)->plane == static_cast<const as_packed*>(w.data)->plane;
+}
+
+// Whether two decoders multiply with the same weights (the rules are the first one's) and have caches of their own. Chosen neurons
+// belong to one text: two that have any never go together.
+bool alike(const as_decoder& a, const as_decoder& b) {
+  if (a.layers != b.layers || a.hidden != b.hidden || a.heads != b.heads || a.kv_heads != b.kv_heads || a.head_dim != b.head_dim ||
+      a.window != b.window || a.cache_dtype != b.cache_dtype || !same(a.embedding, b.embedding) || !same(a.lm_head, b.lm_head))
+    return false;
+  for (int64_t n = 0; n < a.layers; ++n) {
+    const as_layer &l = a.layer[n], &m = b.layer[n];
+    if (!same(l.q, m.q) || !same(l.k, m.k) || !same(l.v, m.v) || !same(l.o, m.o) ||
+        !same(l.ffn.gate, m.ffn.gate) || !same(l.ffn.up, m.ffn.up) || !same(l.ffn.down, m.ffn.down) ||
+        l.ffn.neurons || m.ffn.neurons || l.k_cache == m.k_cache || l.v_cache == m.v_cache)
+      return false;
+  }
+  return true;
+}
+
+int32_t step(const Batch& batch, float* logits, as_stats* stats, int64_t stats_stride) {
+  if (!batch.decoder || !batch.token || !batch.position || !logits || batch.size < 1 || batch.size > AS_MAX_BATCH) return AS_EINVAL;
+  for (int64_t b = 0; b < batch.size; ++b) {
+    const as_decoder* const d = batch.decoder[b];
+    if (!d || !valid_decoder(*d)) return AS_EINVAL;
+    if (batch.token[b] < 0 || batch.token[b] >= d->embedding.out || batch.position[b] < 0 || batch.position[b] >= d->cache_length)
+      return AS_EINVAL;
+    for (int64_t other = 0; other < b; ++other)
+      if (!alike(*batch.decoder[other], *d)) return AS_EINVAL;
+  }
+  try {
+    arena().reset();
+    decode(batch, logits, stats, stats_stride);
+  } catch (const std::bad_alloc&) {
+    return AS_ENOMEM;
+  }
+  return AS_OK;
 }
 
 }  // namespace
@@ -138,13 +218,10 @@ void decode(const as_decoder& d, int64_t token, int64_t position, float* logits,
 using namespace actsparse;
 
 int32_t as_decode_step(const as_decoder* decoder, int64_t token, int64_t position, float* logits, as_stats* stats) {
-  if (!decoder || !logits || !valid_decoder(*decoder)) return AS_EINVAL;
-  if (token < 0 || token >= decoder->embedding.out || position < 0 || position >= decoder->cache_length) return AS_EINVAL;
-  try {
-    arena().reset();
-    decode(*decoder, token, position, logits, stats);
-  } catch (const std::bad_alloc&) {
-    return AS_ENOMEM;
-  }
-  return AS_OK;
+  return step({&decoder, &token, &position, 1}, logits, stats, 0);
+}
+
+int32_t as_decode_together(const as_decoder* const* decoders, const int64_t* tokens, const int64_t* positions, int64_t batch,
+                           float* logits, as_stats* stats) {
+  return step({decoders, tokens, positions, batch}, logits, stats, 1);
 }

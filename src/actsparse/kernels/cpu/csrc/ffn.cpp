@@ -1,4 +1,6 @@
 // The fused feed-forward block.
+#include <algorithm>
+
 #include "internal.h"
 
 namespace actsparse {
@@ -49,6 +51,12 @@ Candidates find_candidates(const as_ffn& f, const float* x, int64_t x_stride, in
   c.list = list;
   c.count = n;
   return c;
+}
+
+// Those among ascending candidates that are neurons of the slice.
+Slice among(const Candidates& c, Slice neurons) {
+  return {std::lower_bound(c.list, c.list + c.count, neurons.begin) - c.list,
+          std::lower_bound(c.list, c.list + c.count, neurons.end) - c.list};
 }
 
 // Values of the candidates, [batch, stride], from a product that computed only them (rows) or every neuron (columns).
@@ -116,10 +124,13 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   // One region decides which neurons are kept, and computes up and down for them.
   const bool down_columns = f.down.layout == AS_COLUMNS, dot_up = gated && up_rows;
   const int64_t up_bytes = dot_up ? stored_bytes(f.up) : 0, down_bytes = down_columns ? stored_bytes(f.down) : 0;
-  const int64_t tasks = tasks_for(c.count * (up_bytes + down_bytes));
+  // What a predictor leaves depends on all batch rows, so its candidates are cut where the neurons are: a row's sums do not
+  // depend on the others.
+  const bool predicted = f.predictor_b.data != nullptr;
+  const int64_t cut = predicted ? f.up.out : c.count, tasks = tasks_for(cut * (up_bytes + down_bytes));
   // Every further segment has sums of its own: few beside the weights, or there are none.
-  const int64_t fine_sums = Segments::rounds * tasks * batch * f.down.out * int64_t(sizeof(float));
-  const Segments segments(tasks, 16 * fine_sums < c.count * (up_bytes + down_bytes));
+  const int64_t fine_sums = Segments::rounds * tasks * f.down.out * int64_t(sizeof(float));
+  const Segments segments(tasks, 16 * fine_sums < cut * (up_bytes + down_bytes));
   const int64_t v_stride = padded(down_columns ? c.count : f.up.out);
   float* const v = arena().take<float>(batch * v_stride);
   const Sums sums = down_columns ? Sums(segments, f.down, batch, y, y_stride) : Sums();
@@ -134,15 +145,21 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   Activations decisive;
   decisive.x = g;
   decisive.stride = g_stride;
-  const Kept found = gate_threshold ? Kept(isa, decisive, gate_threshold, batch, c.count, tasks, false) : Kept();
+  const Kept found = gate_threshold ? Kept(isa, decisive, gate_threshold, batch, c.count, segments.number(), false) : Kept();
   int32_t* const where = gate_threshold ? arena().take<int32_t>(c.count) : nullptr;
   int32_t* const named = gate_threshold && c.list ? arena().take<int32_t>(c.count) : nullptr;
   // Kept neurons, by position among the candidates and by name.
   const int32_t* const position = where;
   const int32_t* const neuron = named ? named : where ? where : c.list;
 
-  const auto compute = [&](int64_t segment, Slice s, const float* up_x) {
-    if (gate_threshold) found.copy(s, where, nullptr);
+  const auto compute = [&](int64_t segment, const float* up_x) {
+    Slice s = segments.slice(cut, segment);
+    if (predicted) s = among(c, s);
+    if (gate_threshold) {
+      const KeptList kept = found.find(segment, s);
+      __builtin_memcpy(where + s.begin, kept.positions, size_t(kept.count) * sizeof(int32_t));
+      s.end = s.begin + kept.count;
+    }
     if (named)
       for (int64_t j = s.begin; j < s.end; ++j) named[j] = c.list[where[j]];
     if (dot_up)
@@ -188,10 +205,8 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
   {
     const Stopwatch watch(stats);
     parallel(tasks, [&](int64_t task) {
-      if (gate_threshold) found.find(task);
-      const int64_t length = gate_threshold ? found.count() : c.count;
       const float* const up_x = dot_up ? up.arrange(task, batch) : nullptr;
-      segments.each(task, [&](int64_t segment) { compute(segment, segments.slice(length, segment), up_x); });
+      segments.each(task, [&](int64_t segment) { compute(segment, up_x); });
     });
     if (down_columns) sums.finish();
   }
@@ -207,7 +222,8 @@ void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_
     float* const wide = arena().take<float>(batch * wide_stride);
     __builtin_memset(wide, 0, size_t(batch * wide_stride) * sizeof(float));
     for (int64_t k = 0; k < segments.number(); ++k) {
-      const int64_t begin = segments.slice(kept, k).begin;
+      const Slice s = segments.slice(cut, k);
+      const int64_t begin = predicted ? among(c, s).begin : s.begin;
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t j = begin; j < begin + used_count[k]; ++j) wide[b * wide_stride + used[j]] = v[b * v_stride + j];
     }

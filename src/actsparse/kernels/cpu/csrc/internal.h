@@ -107,10 +107,10 @@ class Claims {
 // Waits until a counter that running tasks raise has reached `target`.
 void wait_until(const int64_t* counter, int64_t target);
 
-// A list of stored rows or columns cut into segments: one for each task, or (finely) a large one for each and then smaller and
-// smaller ones for whoever is done first, because cores rarely get equal shares of the memory's bandwidth. Where the cuts are
-// depends on the length and the number of tasks alone, so sums that are kept per segment and added up in order do not depend
-// on who was faster.
+// Stored rows or columns cut into segments: one for each task, or (finely) a large one for each and then smaller and smaller
+// ones for whoever is done first, because cores rarely get equal shares of the memory's bandwidth. Where the cuts are depends on
+// the length and the number of tasks alone, so sums that are kept per segment and added up in order depend neither on who was
+// faster nor, where a threshold keeps only some inside each segment, on what other batch rows keep.
 class Segments {
  public:
   static constexpr int64_t rounds = 4;  // segments per task of a fine cut
@@ -136,27 +136,28 @@ class Segments {
   int64_t tasks_ = 0, number_ = 0;
 };
 
-// The positions i < n at which any batch row has not (|x| < threshold[i]), found by all tasks of the region that needs them.
+struct KeptList {
+  const int32_t* positions;  // ascending
+  const float* values;       // [batch, stride] of the activations there, 0 where that row does not keep it; if asked for
+  int64_t stride, count;
+};
+
+// The positions i < n at which any batch row has not (|x| < threshold[i]), found segment by segment.
 class Kept {
  public:
   Kept() = default;
-  Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t tasks,
+  Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t segments,
        bool values);
-  void find(int64_t task) const;  // by every task before anything below
-  int64_t count() const;
-  // Writes the kept positions of the slice, ascending, and the activations there (if asked for when made, and at batch 1), at
-  // the places of the slice in lists that all tasks fill together.
-  void copy(Slice slice, int32_t* positions, float* values) const;
+  KeptList find(int64_t segment, Slice s) const;  // those inside s, which is that segment
+  int64_t count() const;                          // of all segments, once they are found
 
  private:
-  Slice part(int64_t number) const;
   const IsaOps* isa_ = nullptr;
   Activations x_;
   const float* threshold_ = nullptr;
-  int64_t batch_ = 0, n_ = 0, tasks_ = 0;
-  Claims claims_;
-  int64_t* counts_ = nullptr;  // of each part
-  int32_t* positions_ = nullptr;  // of each part, counted from its beginning
+  int64_t batch_ = 0, n_ = 0, segments_ = 0, stride_ = 0;
+  int64_t* counts_ = nullptr;  // of each segment
+  int32_t* positions_ = nullptr;
   float* values_ = nullptr;
 };
 
@@ -189,17 +190,13 @@ struct Product {
   float* arranged = nullptr;  // AS_ROWS: room for every task's own copy of x, as dot_rows wants it
   const float* threshold = nullptr;  // AS_COLUMNS: decides in the region which columns are read
   Kept found;
-  float* coefficients = nullptr;  // AS_COLUMNS with a threshold: [batch, coefficient_stride] of the kept columns, in order
-  int64_t coefficient_stride = 0;
-  int32_t* columns = nullptr;  // and which they are
   const int32_t* rows = nullptr;  // AS_ROWS: rows to compute; NULL = all
-  int64_t count = 0;  // rows to compute or columns to read; before the region, with a threshold: all of them
+  int64_t count = 0;  // rows to compute or columns to read; until the region is over, with a threshold: all of them
   float* out = nullptr;  // AS_ROWS: [batch, count]; AS_COLUMNS: [batch, out]
   int64_t out_stride = 0;
   int32_t activation = no_activation;  // AS_ROWS: applied to each value once its bias is in
   Segments segments;
   Sums sums;  // AS_COLUMNS
-  int64_t length() const { return threshold ? found.count() : count; }  // inside the region and after it
   // AS_ROWS: makes room for the copies, before the region, and in it fills the task's: [batch, padded(w->in)]. A copy each,
   // because fetching what another core has just written takes longer.
   void make_room(int64_t tasks, int64_t batch);

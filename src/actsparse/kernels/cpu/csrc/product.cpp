@@ -57,9 +57,6 @@ Product prepare(const as_matrix& w, const float* threshold, const Activations& x
   p.count = w.layout == AS_ROWS && rows ? row_count : stored_count(w);
   if (w.layout == AS_COLUMNS && threshold) {
     p.threshold = threshold;
-    p.coefficient_stride = padded(w.in);
-    p.coefficients = arena().take<float>(batch * p.coefficient_stride);
-    p.columns = arena().take<int32_t>(w.in);
     return p;
   }
   if (w.layout == AS_ROWS) {
@@ -141,23 +138,10 @@ void rows_of(const Product& p, const float* x, Slice s, int64_t batch) {
   }
 }
 
-void columns_of(const Product& p, Slice s, int64_t segment, int64_t batch) {
-  const int32_t* idx = nullptr;
-  const float* coefficients = p.x.x;
-  int64_t stride = p.x.stride;
-  if (p.threshold) {
-    p.found.copy(s, p.columns, p.coefficients);
-    idx = p.columns + s.begin;
-    coefficients = p.coefficients;
-    stride = p.coefficient_stride;
-    for (int64_t b = 0; batch > 1 && b < batch; ++b)
-      for (int64_t j = s.begin; j < s.end; ++j) {
-        const float v = p.x.x[b * p.x.stride + p.columns[j]];
-        // Another batch row may be the one that keeps this column.
-        p.coefficients[b * stride + j] = __builtin_fabsf(v) < p.threshold[p.columns[j]] ? 0.0f : v;
-      }
-  }
-  p.sums.add(*p.isa, segment, s.begin, s.size(), idx, coefficients + s.begin, stride);
+void columns_of(const Product& p, Slice s, int64_t segment) {
+  if (!p.threshold) return p.sums.add(*p.isa, segment, s.begin, s.size(), nullptr, p.x.x + s.begin, p.x.stride);
+  const KeptList kept = p.found.find(segment, s);
+  p.sums.add(*p.isa, segment, 0, kept.count, kept.positions, kept.values, kept.stride);
 }
 
 }  // namespace
@@ -182,27 +166,25 @@ void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
     p->segments = Segments(tasks, p->w->layout == AS_ROWS);
     if (p->w->layout == AS_ROWS) p->make_room(tasks, batch);
     if (p->w->layout == AS_COLUMNS) p->sums = Sums(p->segments, *p->w, batch, p->out, p->out_stride);
-    if (p->threshold) p->found = Kept(*p->isa, p->x, p->threshold, batch, p->w->in, tasks, true);
+    if (p->threshold) p->found = Kept(*p->isa, p->x, p->threshold, batch, p->w->in, p->segments.number(), true);
   }
 
   parallel(tasks, [&](int64_t task) {
     for (const Product* p = products; p < products + count; ++p) {
-      if (p->threshold) p->found.find(task);
       const float* const x = p->arranged ? p->arrange(task, batch) : nullptr;
-      const int64_t length = p->length();
       p->segments.each(task, [&](int64_t segment) {
-        const Slice s = p->segments.slice(length, segment);
+        const Slice s = p->segments.slice(p->count, segment);
         if (p->w->layout == AS_ROWS)
           rows_of(*p, x, s, batch);
         else
-          columns_of(*p, s, segment, batch);
+          columns_of(*p, s, segment);
       });
     }
   });
 
   int64_t bytes = 0;
   for (Product* p = products; p < products + count; ++p) {
-    p->count = p->length();
+    if (p->threshold) p->count = p->found.count();
     if (p->w->layout == AS_COLUMNS) p->sums.finish();
     bytes += p->bytes();
   }

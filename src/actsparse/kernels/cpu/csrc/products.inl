@@ -65,6 +65,8 @@ inline void request(const T* p) {
 
 // Rows in flight at batch 1: eight streams fill the memory pipeline better than four, where the registers suffice.
 constexpr int wide_group = Vec::lanes >= 16 ? 8 : 4;
+// And beside four batch rows, of which each takes two registers per row: AVX2 has only sixteen.
+constexpr int batch_group = Vec::lanes == 8 ? 1 : 2;
 
 template <typename T, int R>
 struct Rows {
@@ -101,8 +103,8 @@ template <typename T, int R, int B>
 inline void dot_group(const Rows<T, R>& rows, const Rows<T, R>& next, const float* x, int64_t x_stride, int64_t length,
                       float* out, int64_t out_stride) {
   constexpr int S = step_of<T>(), W = Vec::lanes, U = S / W, P = part_of<T>();
-  // Two chains per row hide the latency of fma at batch 1; with more batch rows the chains are many enough.
-  constexpr int C = (B == 1 && U > 1) ? 2 : 1;
+  // Two chains per row hide the latency of fma at batch 1; with more batch rows they keep each row's sums what they are alone.
+  constexpr int C = U > 1 ? 2 : 1;
   Vec::V acc[R][B][C];
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < B; ++b)
@@ -172,7 +174,8 @@ void dot_rows_t(const T* data, int64_t stride, const int32_t* idx, int64_t first
   if (batch == 1) j = dot_rows_by<T, wide_group>(data, stride, idx, first, j, count, x, x_stride, batch, length, out, out_stride);
   if (batch == 1 && wide_group > 4)
     j = dot_rows_by<T, 4>(data, stride, idx, first, j, count, x, x_stride, batch, length, out, out_stride);
-  j = dot_rows_by<T, 2>(data, stride, idx, first, j, count, x, x_stride, batch, length, out, out_stride);
+  if (batch == 1 || batch_group > 1)
+    j = dot_rows_by<T, 2>(data, stride, idx, first, j, count, x, x_stride, batch, length, out, out_stride);
   dot_rows_by<T, 1>(data, stride, idx, first, j, count, x, x_stride, batch, length, out, out_stride);
 }
 

@@ -19,7 +19,6 @@ void rest(int64_t spins) {
     sched_yield();
 }
 
-constexpr int64_t line = 16;  // floats; parts begin at whole lines
 constexpr int64_t slack = 16;  // what `keep` may write past its results
 
 constexpr int64_t worth_cutting = 64;  // rows per task; of fewer, whole groups of eight would leave tasks without any
@@ -75,52 +74,39 @@ void Activations::widen(const IsaOps& isa, int64_t batch, int64_t n, int64_t beg
               end - begin);
 }
 
-Kept::Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t tasks,
+Kept::Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t segments,
            bool values)
-    : isa_(&isa), x_(x), threshold_(threshold), batch_(batch), n_(n), tasks_(tasks), claims_(tasks) {
-  counts_ = arena().take<int64_t>(tasks * 8);  // a line each
-  positions_ = arena().take<int32_t>(n + tasks * slack);
-  values_ = values && batch == 1 ? arena().take<float>(n + tasks * slack) : nullptr;
+    : isa_(&isa), x_(x), threshold_(threshold), batch_(batch), n_(n), segments_(segments) {
+  stride_ = padded(n + segments * slack);
+  counts_ = arena().take<int64_t>(segments * 8);  // a line each
+  positions_ = arena().take<int32_t>(stride_);
+  values_ = values ? arena().take<float>(batch * stride_) : nullptr;
 }
 
-Slice Kept::part(int64_t number) const {
-  const Slice s = slice_of((n_ + line - 1) / line, number, tasks_);
-  return {s.begin * line < n_ ? s.begin * line : n_, s.end * line < n_ ? s.end * line : n_};
-}
-
-void Kept::find(int64_t task) const {
-  for (int64_t i = 0; i < tasks_; ++i) {
-    const int64_t number = (task + i) % tasks_;
-    if (!claims_.take(number)) continue;
-    const Slice s = part(number);
-    const int64_t room = s.begin + number * slack;
-    const bool as_given = batch_ == 1 && x_.raw;
-    if (!as_given) x_.widen(*isa_, batch_, n_, s.begin, s.end);
-    const int32_t dtype = as_given ? x_.raw_dtype : AS_F32;
-    const void* const from = as_given ? x_.raw : x_.x;
-    counts_[number * 8] =
-        isa_->keep(dtype, static_cast<const char*>(from) + s.begin * element_size(dtype), x_.stride, threshold_ + s.begin,
-                   batch_, s.size(), positions_ + room, values_ ? values_ + room : nullptr);
-    claims_.finish(number);
-  }
-  claims_.wait();
+KeptList Kept::find(int64_t segment, Slice s) const {
+  const bool as_given = batch_ == 1 && x_.raw;
+  if (!as_given) x_.widen(*isa_, batch_, n_, s.begin, s.end);
+  const int32_t dtype = as_given ? x_.raw_dtype : AS_F32;
+  const void* const from = as_given ? x_.raw : x_.x;
+  int32_t* const positions = positions_ + s.begin + segment * slack;
+  float* const values = values_ ? values_ + s.begin + segment * slack : nullptr;
+  const int64_t count = isa_->keep(dtype, static_cast<const char*>(from) + s.begin * element_size(dtype), x_.stride,
+                                   threshold_ + s.begin, batch_, s.size(), positions, batch_ == 1 ? values : nullptr);
+  for (int64_t j = 0; j < count; ++j) positions[j] += int32_t(s.begin);
+  for (int64_t b = 0; batch_ > 1 && values && b < batch_; ++b)
+    for (int64_t j = 0; j < count; ++j) {
+      const float v = x_.x[b * x_.stride + positions[j]];
+      // Another batch row may be the one that keeps this position.
+      values[b * stride_ + j] = __builtin_fabsf(v) < threshold_[positions[j]] ? 0.0f : v;
+    }
+  counts_[segment * 8] = count;
+  return {positions, values, stride_, count};
 }
 
 int64_t Kept::count() const {
   int64_t all = 0;
-  for (int64_t i = 0; i < tasks_; ++i) all += counts_[i * 8];
+  for (int64_t i = 0; i < segments_; ++i) all += counts_[i * 8];
   return all;
-}
-
-void Kept::copy(Slice slice, int32_t* positions, float* values) const {
-  int64_t before = 0;
-  for (int64_t number = 0; number < tasks_ && before < slice.end; before += counts_[8 * number++]) {
-    const int64_t after = before + counts_[8 * number], base = part(number).begin, room = base + number * slack;
-    const int64_t begin = slice.begin > before ? slice.begin : before, end = slice.end < after ? slice.end : after;
-    for (int64_t j = begin; j < end; ++j) positions[j] = positions_[room + j - before] + int32_t(base);
-    if (values_ && begin < end)
-      __builtin_memcpy(values + begin, values_ + room + begin - before, size_t(end - begin) * sizeof(float));
-  }
 }
 
 }  // namespace actsparse
