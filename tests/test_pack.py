@@ -114,7 +114,7 @@ def test_the_text_that_comes_along_is_enough(
         ("codes", "expected uint8"),
         ("foreign", "which the model does not know"),
         ("lacking", "lacks model.norm.weight"),
-        ("version", "has packed format 9, expected 1"),
+        ("version", "has format .9., expected 2"),
     ],
 )
 def test_damaged_directories_are_refused(
@@ -138,7 +138,7 @@ def test_damaged_directories_are_refused(
         if damage == "scale":
             tensors[f"{name}.scale"][3] = torch.inf
         elif damage == "codes":
-            tensors[f"{name}.codes"] = tensors[f"{name}.codes"][:, :-1].contiguous()
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, :-1].contiguous()
         elif damage == "foreign":
             tensors["model.other.weight"] = torch.zeros(3)
         else:

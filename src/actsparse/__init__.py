@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from actsparse.runtime import registration
+
 if TYPE_CHECKING:
     from actsparse.measure.calibrate import calibrate
     from actsparse.methods import METHODS
@@ -28,3 +30,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'actsparse' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+registration.register()

@@ -40,11 +40,12 @@ from actsparse.methods.graded import (
     unit_of,
 )
 from actsparse.methods.rounding import round_nearest
-from actsparse.models import opening, sites, text
+from actsparse.models import directory, opening, sites, text
 from actsparse.models.sites import ModelError
 from actsparse.plan import ModelIdentity, Plan, atomic_path
+from actsparse.runtime import saving
 from actsparse.runtime.lowmemory import mapped_weights, open_mapped
-from actsparse.runtime.packed import FORMAT_VERSION, PLAN, SHARDS, tensors_of
+from actsparse.runtime.packed import tensors_of
 
 # What the presets read, in bits per weight (docs/graded.md says what each costs).
 QUALITIES = {"near-lossless": 4.0, "balanced": 3.0, "fast": 2.5}
@@ -105,7 +106,7 @@ def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progr
     target = Path(output)
     if target.exists():
         raise ModelError(f"{target} exists, expected a new directory")
-    if opening.is_packed(name):
+    if directory.is_packed(name):
         raise ModelError(f"model {name} is packed already, expected a dense one")
     model, tokenizer, source, release = _open(name)
     windows = load_calibration_windows(
@@ -217,18 +218,20 @@ class _Run:
             for file in source.iterdir():
                 if file.is_file() and file.suffix in _COPIED and "safetensors" not in file.name:
                     shutil.copyfile(file, self._folder / file.name)
-        config = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
-        config["quantization_config"] = {
-            "quant_method": opening.PACKED,
-            "format_version": FORMAT_VERSION,
+        files, size = {}, 0
+        for index in (HEAD, *range(len(self._layers))):
+            file = self._shard(index)
+            with safe_open(file, framework="pt") as tensors:
+                files[file.name] = list(tensors.keys())
+            size += file.stat().st_size
+            self._state(index).unlink()
+        saving.write_index(self._folder, files, size)
+        about = {
             "bits_stored": self._settings.bits_stored,
             "shards": len(self._layers) + 1,
             "dtype": str(self._model.dtype).removeprefix("torch."),
         }
-        (self._folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        plan.save(self._folder / PLAN)
-        for index in (HEAD, *range(len(self._layers))):
-            self._state(index).unlink()
+        saving.complete(self._folder, plan, about)
         (self._folder / "key.json").unlink()
         os.replace(self._folder, target)
 
@@ -266,7 +269,7 @@ class _Run:
         # The state last: it is what says that the layer is done.
         for path_, content in ((self._shard(activity.layer), tensors), (self._state(activity.layer), state)):
             with atomic_path(path_) as temporary:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in content.items()}, temporary)
+                save_file({name: one.cpu().contiguous() for name, one in content.items()}, temporary, {"format": "pt"})
 
     def _weight(self, layer: int, name: str) -> torch.Tensor:
         weight: torch.Tensor = self._products[layer][name].weight.detach().float()
@@ -294,7 +297,7 @@ class _Run:
         }
 
     def _shard(self, layer: int) -> Path:
-        return self._folder / SHARDS.format(layer + 1)
+        return self._folder / directory.SHARDS.format(layer + 1)
 
     def _state(self, layer: int) -> Path:
         return self._folder / f"state-{layer + 1:05d}.safetensors"

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the tasks and report."""
     from actsparse.calibration.collect import check_writable
     from actsparse.measure import harness
-    from actsparse.models import opening
+    from actsparse.models import directory, opening
     from actsparse.models.sites import describe
     from actsparse.plan import ModelIdentity, Plan, PlanError, atomic_path
     from actsparse.runtime.swap import open_model, state_of
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output:
         check_writable(options.output)
     plan = Plan.load(options.plan) if options.plan else None
-    if options.no_dense and plan is None and not opening.is_packed(options.model):
+    if options.no_dense and plan is None and directory.description(options.model) is None:
         raise PlanError("--no-dense leaves nothing to evaluate: expected --plan with it")
     if plan is not None and options.scope:
         plan = plan.with_scope(options.scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from actsparse.cli.terminal import print_json, print_table
 
@@ -12,18 +13,18 @@ _LONGEST = 200
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    parser.add_argument("plan", metavar="PLAN", help="a plan file, or a packed directory")
+    parser.add_argument("plan", metavar="PLAN", help="a plan file, or the directory of a sparse model")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
 
 
 def run(options: argparse.Namespace) -> None:
     """Show a plan."""
     from actsparse.methods.graded import DENSE_BITS
-    from actsparse.models import opening
+    from actsparse.models import directory
     from actsparse.plan import Plan
-    from actsparse.runtime.packed import PLAN
 
-    plan = Plan.load(f"{options.plan}/{PLAN}" if opening.is_packed(options.plan) else options.plan)
+    of_directory = Path(options.plan).is_dir() and directory.description(options.plan) is not None
+    plan = Plan.load(f"{options.plan}/{directory.PLAN}" if of_directory else options.plan)
     if options.json:
         head = {name: getattr(plan, name) for name in ("method", "sparsity", "scope", "settings", "text", "achieved")}
         print_json({**head, "prompt": plan.prompt, "model": asdict(plan.model), "version": plan.version})

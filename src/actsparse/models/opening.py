@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from actsparse.models import directory
 from actsparse.models.sites import ModelError, family_of
 
-PACKED = "actsparse"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def is_packed(name: str) -> bool:
-    """Whether ``name`` is a directory of packed weights (:mod:`actsparse.runtime.packed`)."""
-    try:
-        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == PACKED)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def device_of(name: str) -> torch.device:
@@ -38,7 +28,9 @@ def device_of(name: str) -> torch.device:
 
 
 def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The causal language model ``name`` (a directory or a hub id), in evaluation mode.
+    """The causal language model ``name`` (a directory or a hub id), dense, in evaluation mode.
+
+    Of a directory that holds a dense checkpoint and a plan, this is the checkpoint's model, without the plan.
 
     Args:
         name: what ``AutoModelForCausalLM.from_pretrained`` takes.
@@ -55,22 +47,40 @@ def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
         raise ModelError(f"dtype {dtype!r} is unknown: expected auto, {', '.join(DTYPES)}")
     place = device_of(device)
     _check_directory(name)
-    if is_packed(name):
-        raise ModelError(f"model {name} is packed, expected a dense one")
     try:
         config = AutoConfig.from_pretrained(name)
+        about = directory.of_config(config.to_dict())
+        if about is not None and directory.holds_packed(about):
+            raise ModelError(f"model {name} is packed, expected a dense one")
         family_of(_Configured(config))
+        if about is not None:
+            without_plan(config)
         with _quiet():
             # Mismatches are let through here to be named below, all of them and on one line.
             model, found = AutoModelForCausalLM.from_pretrained(
-                name, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, ignore_mismatched_sizes=True
+                name,
+                config=config,
+                dtype=DTYPES.get(dtype, "auto"),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         check_complete(name, found["missing_keys"], [entry[0] for entry in found["mismatched_keys"]])
+        extra = sorted(found["unexpected_keys"])
+        if extra and about is not None:
+            raise ModelError(f"model {name} holds {extra[0]}, expected only tensors of its config.json")
     except ModelError:
         raise
     except Exception as error:  # transformers, the hub client and safetensors raise many unrelated kinds
         raise ModelError(f"model {name} cannot be loaded: {_first_line(error)}") from None
     return model.eval().to(place)
+
+
+def without_plan(config: Any) -> Any:
+    """``config``, in place, as the dense model has it, without what points to a plan and to the code that knows plans."""
+    for name in ("auto_map", "quantization_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return config
 
 
 def local_directory(name: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from actsparse.models import opening, sites
+from actsparse.models.directory import PLAN
 from actsparse.models.sites import ModelError
 from actsparse.plan import one_line
 
@@ -40,7 +41,7 @@ class MappedWeights:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self._places: dict[int, tuple[mmap.mmap, int, int]] = {}
-        files = sorted(Path(directory).glob("*.safetensors"))
+        files = sorted(file for file in Path(directory).glob("*.safetensors") if file.name != PLAN)
         if not files:
             raise ModelError(f"model {directory} has no .safetensors file: the low-memory mode maps one")
         for file in files:
@@ -102,7 +103,7 @@ def open_mapped(directory: str, *, everything: bool = False) -> Any:
         raise ModelError(f"model {directory} is no directory with a config.json: the low-memory mode needs the files")
     mapped = MappedWeights(directory)
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = opening.without_plan(AutoConfig.from_pretrained(directory))
     except Exception as error:  # transformers raises many unrelated kinds
         raise ModelError(f"model {directory} has no sound config.json: {one_line(error)}") from None
     if config.model_type not in sites.FAMILIES:

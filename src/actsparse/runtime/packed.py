@@ -5,8 +5,9 @@
     config.json ...              as the model had them; config.json gains ``quantization_config`` (``quant_method`` actsparse)
     plan.safetensors             the plan, made for the packed weights
     actsparse-00000.safetensors  ... one file per decoder layer, one for everything else
+    model.safetensors.index.json which tensor is in which of them, as for any checkpoint of several files
 
-A packed matrix stands as five tensors under its module's name: ``codes`` uint8 [I, G + 8 G S] (a column's mantissas, then its
+A packed matrix stands as five tensors under its module's name: ``weight`` uint8 [I, G + 8 G S] (a column's mantissas, then its
 planes), ``scale`` bfloat16 [I], ``gain`` float32 [L], ``center`` float32 [I] and ``start`` float32 [O]: the product is
 start + W (x - center), and a bias is part of ``start``.  Everything else (embeddings, norms) stands under its own name.  The
 format of codes is :mod:`actsparse.kernels.planes`'.
@@ -16,6 +17,7 @@ Shape letters: I inputs, O outputs, G groups of 64 outputs, S bits stored, L = S
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,16 @@ from torch import nn
 
 from actsparse import kernels
 from actsparse.kernels.planes import GROUP, Packed, groups_of
-from actsparse.models import opening, sites
+from actsparse.models import directory, opening, sites
+from actsparse.models.directory import PLAN, SHARDS
 from actsparse.models.sites import ModelError
 from actsparse.plan import Plan
 
-FORMAT_VERSION = 1
-PLAN = "plan.safetensors"
-SHARDS = "actsparse-{:05d}.safetensors"
+# Codes are called a weight, as everywhere: a reader that does not know them fails on their shape, where it would fill a weight
+# that it misses with random numbers.
+PARTS = ("weight", "scale", "gain", "center", "start")
+# What version 1 called them.
+_CODES = ".codes"
 
 
 class PackedLinear(nn.Module):
@@ -67,7 +72,7 @@ class PackedLinear(nn.Module):
 def tensors_of(packed: Packed) -> dict[str, torch.Tensor]:
     """A packed matrix as the tensors that a directory stores."""
     codes = torch.cat([packed.mantissa, *packed.planes], 1).contiguous()
-    return {"codes": codes, "scale": packed.scale.contiguous(), "gain": packed.gain.contiguous()}
+    return {"weight": codes, "scale": packed.scale.contiguous(), "gain": packed.gain.contiguous()}
 
 
 def packed_from(codes: torch.Tensor, scale: torch.Tensor, gain: torch.Tensor, out: int) -> Packed:
@@ -91,71 +96,126 @@ def open_packed(name: str) -> tuple[Any, Plan]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    directory = Path(name)
+    home = Path(name)
     config = AutoConfig.from_pretrained(name)
     about = config.quantization_config
-    if about.get("format_version") != FORMAT_VERSION:
-        raise ModelError(f"{name} has packed format {about.get('format_version')!r}, expected {FORMAT_VERSION}")
-    plan = Plan.load(directory / PLAN)
-    del config.quantization_config
+    directory.check(home, about)
+    plan = Plan.load(home / PLAN)
+    opening.without_plan(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, str(about.get("dtype")), torch.bfloat16))
-    tensors = _read(directory, about.get("shards"))
+    count = about.get("shards")
+    if not isinstance(count, int) or not 0 < count < 100_000:
+        raise ModelError(f"{name}/config.json names {str(count)[:24]} shards, expected a number")
     try:
-        _fill(model, tensors)
+        rest = _fill(model, _tensors([home / SHARDS.format(number) for number in range(count)]))
+        _fill_rest(model, rest)
     except ValueError as error:
-        raise ModelError(f"{name}: {error}") from None
+        raise error if isinstance(error, ModelError) else ModelError(f"{name}: {error}") from None
     opening.materialise_buffers(model)
     sites.set_fingerprint(model, plan.model.fingerprint)
-    if (directory / "generation_config.json").is_file():
+    if (home / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model.eval(), plan
 
 
-def _read(directory: Path, count: Any) -> dict[str, torch.Tensor]:
-    if not isinstance(count, int) or not 0 < count < 100_000:
-        raise ModelError(f"{directory}/config.json names {str(count)[:24]} shards, expected a number")
-    tensors: dict[str, torch.Tensor] = {}
-    for number in range(count):
-        path = directory / SHARDS.format(number)
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise ModelError(f"packed model {directory} lacks {path.name}") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{path} is truncated or damaged: {error}") from None
-    return tensors
+class _Awaited(nn.Module):
+    """Stands where a packed matrix will come, while transformers reads the rest."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
 
 
-def _fill(model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Put the tensors into a model made on the meta device; ValueError for one that is missing, foreign or does not fit."""
-    rest = dict(tensors)
-    names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
+def await_packed(model: Any, files: Iterable[Path]) -> list[str]:
+    """Take out of a model on the meta device every linear layer that the files hold packed; returns their names."""
+    names = []
+    for file in files:
+        with _opened(file) as tensors:
+            names += [key.removesuffix(".gain") for key in tensors.keys() if key.endswith(".gain")]  # noqa: SIM118
     for name in names:
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"tensor {name}.codes belongs to no module of the model") from None
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"tensor {name}.codes belongs to a {type(linear).__name__}, expected a linear layer")
-        parts = [rest.pop(f"{name}.{part}", None) for part in ("codes", "scale", "gain", "center", "start")]
-        codes, scale, gain, center, start = parts
-        if codes is None or scale is None or gain is None or center is None or start is None:
-            raise ValueError(f"{name} is incomplete, expected codes, scale, gain, center and start")
-        try:
-            packed = packed_from(codes, scale, gain, linear.out_features)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if packed.inputs != linear.in_features:
-            raise ValueError(f"{name} has {packed.inputs} columns, expected {linear.in_features}")
-        for part, vector, size in (("center", center, packed.inputs), ("start", start, packed.out)):
-            if vector.dtype != torch.float32 or tuple(vector.shape) != (size,) or not bool(vector.isfinite().all()):
-                given = f"{vector.dtype} {list(vector.shape)}"
-                raise ValueError(f"{name}.{part} is {given} or not finite, expected finite float32 [{size}]")
-        model.set_submodule(name, PackedLinear(packed, center, start))
+        model.set_submodule(name, _Awaited(_linear(model, name)))
+        model.all_tied_weights_keys.pop(f"{name}.weight", None)
+    return names
+
+
+def fill_awaited(model: Any, files: Iterable[Path], plan: Plan) -> None:
+    """Put the packed matrices where :func:`await_packed` took layers out; ModelError for one that does not fit."""
+    try:
+        _fill(model, _tensors(files))
+    except ValueError as error:
+        raise error if isinstance(error, ModelError) else ModelError(str(error)) from None
+    missing = next((name for name, module in model.named_modules() if isinstance(module, _Awaited)), None)
+    if missing is not None:
+        raise ModelError(f"{missing} is incomplete, expected {', '.join(PARTS)}")
+    sites.set_fingerprint(model, plan.model.fingerprint)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ModelError(f"packed model {path.parent} lacks {path.name}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is truncated or damaged: {error}") from None
+
+
+def _tensors(files: Iterable[Path]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of each file; those that version 1 called codes are weights."""
+    for path in files:
+        with _opened(path) as file:
+            try:
+                yield {
+                    f"{key.removesuffix(_CODES)}.weight" if key.endswith(_CODES) else key: file.get_tensor(key)
+                    for key in file.keys()  # noqa: SIM118
+                }
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} is truncated or damaged: {error}") from None
+
+
+def _linear(model: Any, name: str) -> Any:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(f"tensor {name}.gain belongs to no module of the model") from None
+    if not isinstance(module, nn.Linear | _Awaited):
+        raise ModelError(f"tensor {name}.gain belongs to a {type(module).__name__}, expected a linear layer")
+    return module
+
+
+def _fill(model: Any, files: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Put packed matrices into a model, file by file; returns all other tensors, ValueError for one that does not fit."""
+    rest: dict[str, torch.Tensor] = {}
+    for tensors in files:
+        for name in [key.removesuffix(".gain") for key in tensors if key.endswith(".gain")]:
+            linear = _linear(model, name)
+            parts = [tensors.pop(f"{name}.{part}", None) for part in PARTS]
+            codes, scale, gain, center, start = parts
+            if codes is None or scale is None or gain is None or center is None or start is None:
+                raise ValueError(f"{name} is incomplete, expected {', '.join(PARTS)}")
+            try:
+                packed = packed_from(codes, scale, gain, linear.out_features)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if packed.inputs != linear.in_features:
+                raise ValueError(f"{name} has {packed.inputs} columns, expected {linear.in_features}")
+            for part, vector, size in (("center", center, packed.inputs), ("start", start, packed.out)):
+                if vector.dtype != torch.float32 or tuple(vector.shape) != (size,) or not bool(vector.isfinite().all()):
+                    given = f"{vector.dtype} {list(vector.shape)}"
+                    raise ValueError(f"{name}.{part} is {given} or not finite, expected finite float32 [{size}]")
+            model.set_submodule(name, PackedLinear(packed, center, start))
+        rest |= tensors
+    return rest
+
+
+def _fill_rest(model: Any, rest: dict[str, torch.Tensor]) -> None:
+    """Put what is not packed into a model made on the meta device."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, tensor in rest.items():
+        if name in shapes and tensor.shape != shapes[name]:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}")
     found = model.load_state_dict(rest, strict=False, assign=True)
     if found.unexpected_keys:
         raise ValueError(f"holds {found.unexpected_keys[0]}, which the model does not know")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from actsparse import kernels
 from actsparse.kernels.planes import Packed
 from actsparse.methods import prompt_rule
 from actsparse.methods.rounding import round_nearest
-from actsparse.models import opening, sites
+from actsparse.models import directory, opening, sites
 from actsparse.models.sites import ModelError
 from actsparse.plan import ModelIdentity, Plan, PlanError
 from actsparse.runtime.graded import GradedLinear
@@ -33,6 +34,7 @@ from actsparse.runtime.lowmemory import MappedWeights, mapped_weights, open_mapp
 from actsparse.runtime.packed import PackedLinear, open_packed
 from actsparse.runtime.prompt_ffn import PromptFFN
 from actsparse.runtime.prompts import Prompts
+from actsparse.runtime.saving import holds_packed, save_pretrained
 
 _ATTRIBUTE = "actsparse_state"
 _ROUNDED = "actsparse_rounded"
@@ -95,6 +97,7 @@ def sparsify(model: Any, plan: Plan | str | os.PathLike[str], *, scope: str | No
         for layer in sites.layers_of(model):
             if layer.index in rule.layers:
                 _choose_by_prompt(state, layer, state.prompts, activation, mapped_weights(model))
+    model.save_pretrained = partial(save_pretrained, model)
     # Last, when every weight lies as it will be read.
     kernels.use_huge_pages(*model.parameters())
     return model
@@ -113,6 +116,8 @@ def restore(model: Any) -> Any:
         for handle in state.handles:
             handle.remove()
         delattr(model, _ATTRIBUTE)
+        if not holds_packed(model):
+            del model.save_pretrained
     return model
 
 
@@ -137,17 +142,23 @@ def load(
 
 
 def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
-    """The model ``name``, dense; a packed directory's comes under its own plan.
+    """The model ``name``: dense, or under its own plan where it is one of this package's directories.
 
-    As :func:`actsparse.models.opening.open_model`, which opens what is not packed; PlanError for a packed directory's bad plan.
+    As :func:`actsparse.models.opening.open_model`, which opens dense models; PlanError for a directory's bad plan.
     """
-    if not opening.is_packed(name):
+    about = directory.description(name)
+    if about is None:
         return opening.open_model(name, dtype, device)
+    home = opening.local_directory(name)
+    directory.check(Path(home), about)
+    if not directory.holds_packed(about):
+        plan = Plan.load(Path(home) / directory.PLAN)
+        return sparsify(opening.open_model(home, dtype, device), plan)
     if dtype != "auto":
         raise ModelError(f"dtype is {dtype}, {name} is packed: expected auto")
     if opening.device_of(device).type != "cpu":
         raise ModelError(f"device is {device}, {name} is packed: expected cpu")
-    model, plan = open_packed(name)
+    model, plan = open_packed(home)
     return sparsify(model, plan)
 
 
