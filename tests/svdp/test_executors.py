@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from actsparse import kernels, restore, sparsify
 from actsparse.kernels import Rules, portable, reference
 from actsparse.plan import SKIP_ZEROS
 
+from ..conftest import REPOSITORY
 from .cases import MODELS, opt_model, plan_of, windows
 
 
@@ -156,16 +160,31 @@ def test_portable_linear_reads_kept_columns_only() -> None:
     torch.testing.assert_close(portable.linear(x, poisoned, bias, threshold), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_devices_without_kernels_gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No such device is at hand: float64, which has no native kernel, on a CPU that is declared to be one."""
-    x, gate, up, down, options = ffn_case(torch.float32, rows=2)
-    options = {key: value.double() if torch.is_tensor(value) else value for key, value in options.items()}
-    assert gate is not None
-    x, gate, up, down = x.double(), gate.double(), up.double(), down.double()
-    before = kernels.gated_ffn(x, gate, up, down, **options)
-    assert kernels.path_for(x, gate) == "reference"
-    monkeypatch.setattr(kernels, "NOT_PORTABLE", frozenset())
-    assert kernels.path_for(x, gate) == "portable"
-    assert kernels.path_for(x.float(), gate.float()).startswith("cpu-")
-    gate[~reference.ffn_keep(x, gate, up, Rules(**options))["gate"].any(0)] = torch.nan
-    torch.testing.assert_close(kernels.gated_ffn(x, gate, up, down, **options), before)
+# What the executor asks of a device; docs/svdp.md says which of them torch_npu documents.
+OPERATORS = {
+    "__and__", "abs", "add", "any", "bitwise_not", "index_select", "le", "lt", "matmul", "mul", "nonzero", "numpy_T", "relu",
+    "reshape", "select", "to", "where",
+}  # fmt: skip
+
+
+def on_a_private_device(what: str) -> dict[str, Any]:
+    """What the program of that name found in a process of its own, which has a device of its own."""
+    program = subprocess.run(
+        [sys.executable, "-m", "tests.svdp.private_executor", what], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert program.returncode == 0, program.stderr
+    found: dict[str, Any] = json.loads(program.stdout.splitlines()[-1])
+    return found
+
+
+def test_blocks_on_a_device_that_is_neither_cpu_nor_cuda() -> None:
+    found = on_a_private_device("blocks")
+    assert found["worst"] < 1e-5
+    assert set(found["operators"]) == OPERATORS
+
+
+@pytest.mark.parametrize("method", ["chess", "teal", "svdp"])
+def test_a_model_on_a_device_that_is_neither_cpu_nor_cuda(method: str) -> None:
+    found = on_a_private_device(method)
+    assert found["path"] == "portable"
+    assert found["worst"] < 1e-5

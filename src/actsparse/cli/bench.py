@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from actsparse.cli.terminal import (
+    add_device_argument,
     add_thread_argument,
     positive,
     print_json,
@@ -64,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=positive, default=32, help="tokens of the prompt (default: 32)")
     parser.add_argument("--new-tokens", type=positive, default=32, help="decode steps (default: 32)")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds; the table shows medians (default: 5)")
+    add_device_argument(parser)
     add_thread_argument(parser)
+    parser.add_argument(
+        "--teal-kernel", metavar="FILE", help="on a GPU: also time TEAL's published kernel, sparse_gemv.py (it is run)"
+    )
     parser.add_argument(
         "--llama-cpp",
         action=argparse.BooleanOptionalAction,
@@ -94,21 +99,27 @@ def run(options: argparse.Namespace) -> None:
     if options.shape:
         what = f"{options.shape}, random weights"
         dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-        model = shapes.random_model(shapes.config_of(options.shape), dtype, name=options.shape)
+        model = shapes.random_model(shapes.config_of(options.shape), dtype, name=options.shape, device=options.device)
     else:
         what = options.model
-        model = open_model(options.model, options.dtype)
+        model = open_model(options.model, options.dtype, options.device)
     if not plans:
         plans = _calibrate(options, model, method, targets)
     settings = Settings(options.prompt_tokens, options.new_tokens, options.repeats, options.llama_cpp)
-    report = measure(model, plans, settings, say=lambda line: print(line, file=sys.stderr, flush=True))
-    document = {"model": what, "machine": machine(), **report.document()}
+    report = measure(
+        model,
+        plans,
+        settings,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        teal_kernel=options.teal_kernel,
+    )
+    document = {"model": what, "machine": machine(options.device), **report.document()}
     if not options.json:
         _show(what, report, document)
     print_json(document)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the numbers were measured on."""
     import torch
 
@@ -121,6 +132,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": kernels.isa(),
         "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
     }
 
 
@@ -139,9 +151,10 @@ def _target(result: dict[str, Any]) -> str:
 
 def _show(what: str, report: Report, document: dict[str, Any]) -> None:
     here = document["machine"]
-    print(f"{what} on {here['cpu']}, {here['threads']} threads, {here['isa']}, torch {here['torch']}")
+    where = here["gpu"] or f"{here['cpu']}, {here['threads']} threads, {here['isa']}"
+    print(f"{what} on {where}, torch {here['torch']}")
     print(
-        f"physical ceiling: this machine reads {document['read_gb_s']:.1f} GB/s "
+        f"physical ceiling: memory delivers {document['read_gb_s']:.1f} GB/s "
         f"({min(report.read_gb_s):.1f} to {max(report.read_gb_s):.1f} over the run), "
         "and a token cannot be faster than its weights are read"
     )
@@ -161,7 +174,7 @@ def _show(what: str, report: Report, document: dict[str, Any]) -> None:
                 f"{result['decode_tok_s'] / eager:.2f}",
                 f"{result['achieved_gb_s']:.1f} ({result['share_of_ceiling']:.0%})",
                 "" if overhead is None else f"{overhead:.1%}",
-                f"{result['prefill_tok_s']:.1f}",
+                "" if result["prefill_tok_s"] is None else f"{result['prefill_tok_s']:.1f}",
             ]
         )
     header = [

@@ -9,11 +9,9 @@ Shape letters: T tokens, W windows, L window length, V vocabulary.
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,8 @@ from transformers import DynamicCache
 from actsparse import kernels
 from actsparse.calibration.collect import Calibration, Progress, check_sparsity
 from actsparse.measure.bench import peer
+from actsparse.measure.bench.gpu import GpuRun
+from actsparse.measure.bench.rows import Report, Row, Settings
 from actsparse.measure.reading import weights_read
 from actsparse.methods import Method
 from actsparse.methods.base import Targets
@@ -39,101 +39,26 @@ CALIBRATION_WINDOW = 256
 CHECKED_STEPS = 4
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How much to measure: tokens in the prompt, decode steps after it, rounds, and whether llama.cpp takes part."""
-
-    prompt_tokens: int = 32
-    new_tokens: int = 32
-    repeats: int = 5
-    llama_cpp: bool = True
-
-
-@dataclass
-class Row:
-    """One contender.
-
-    Attributes:
-        name: ``hf-eager``, ``dense``, the method's name (``graded-`` and the bits read), or ``llama.cpp-`` and a format.
-        path: ``transformers``, ``native`` (the decode step) or ``llama.cpp``.
-        weights: type of the weights.
-        sparsity: target of the plan, None for a dense contender.
-        decode_tok_s: one value per round.
-        prefill_tok_s: one value per round.
-        weights_read_bytes: per decoded token; counted by the kernels on native paths, else the size of the matrices.
-        ffn_sparsity: fraction of neurons that the native path skipped.
-        overhead: fraction of a token, per round, that is not spent in its matrix products.
-        bits_read: per weight of the decoder layers' matrices, scales included, on the calibration prompt; of graded plans.
-        error: worst relative error of a site against the model's own modules, where that was checked.
-    """
-
-    name: str
-    path: str
-    weights: str
-    sparsity: float | None = None
-    decode_tok_s: list[float] = field(default_factory=list)
-    prefill_tok_s: list[float] = field(default_factory=list)
-    weights_read_bytes: float = 0.0
-    ffn_sparsity: float | None = None
-    overhead: list[float] = field(default_factory=list)
-    bits_read: float | None = None
-    error: float | None = None
-
-    def document(self, read_gb_s: float) -> dict[str, Any]:
-        """The row of the JSON document."""
-        decode = statistics.median(self.decode_tok_s)
-        prefill = statistics.median(self.prefill_tok_s)
-        ceiling = read_gb_s * 1e9 / self.weights_read_bytes
-        return {
-            "name": self.name,
-            "path": self.path,
-            "weights": self.weights,
-            "sparsity": self.sparsity,
-            "decode_tok_s": decode,
-            "decode_spread": [min(self.decode_tok_s), max(self.decode_tok_s)],
-            "prefill_tok_s": prefill,
-            "prefill_spread": [min(self.prefill_tok_s), max(self.prefill_tok_s)],
-            "weights_read_bytes": self.weights_read_bytes,
-            "achieved_gb_s": decode * self.weights_read_bytes / 1e9,
-            "ceiling_tok_s": ceiling,
-            "share_of_ceiling": decode / ceiling,
-            "ffn_sparsity": self.ffn_sparsity,
-            "overhead_share": statistics.median(self.overhead) if self.overhead else None,
-            "bits_read": self.bits_read,
-            "site_error": self.error,
-        }
-
-
-@dataclass
-class Report:
-    """All rows, the read bandwidth (GB/s) each time it was taken, and why something was left out."""
-
-    rows: list[Row]
-    read_gb_s: list[float]
-    skipped: dict[str, str]
-
-    def document(self) -> dict[str, Any]:
-        """``read_gb_s`` and ``results`` of the JSON document."""
-        median = statistics.median(self.read_gb_s)
-        return {
-            "read_gb_s": median,
-            "read_spread_gb_s": [min(self.read_gb_s), max(self.read_gb_s)],
-            "results": [row.document(median) for row in self.rows],
-            "skipped": self.skipped,
-        }
-
-
-def measure(model: Any, plans: Sequence[Plan], settings: Settings, *, say: Callable[[str], None]) -> Report:
+def measure(
+    model: Any,
+    plans: Sequence[Plan],
+    settings: Settings,
+    *,
+    say: Callable[[str], None],
+    teal_kernel: str | None = None,
+) -> Report:
     """Time the dense model through transformers and natively, each plan natively, and llama.cpp on the same shape.
 
+    On a GPU there is no llama.cpp, but transformers compiled, and the products alone of cuBLAS and others (:mod:`.gpu`).
     A model without a native decode step is timed through transformers' modules only; every row says which path it took.
     The model is left dense.
 
     Args:
-        model: a Hugging Face model on the CPU.
+        model: a Hugging Face model on the CPU or on one GPU.
         plans: plans for it.
         settings: how much.
         say: told what is going on, one line each.
+        teal_kernel: file of TEAL's published kernel, to time it too, on a GPU.
 
     Raises:
         PlanError: a plan for another model, or one for evaluation only.
@@ -150,6 +75,10 @@ def measure(model: Any, plans: Sequence[Plan], settings: Settings, *, say: Calla
             f"{settings.prompt_tokens} + {settings.new_tokens} tokens were asked for, "
             f"expected at most the model's context of {context}"
         )
+    if model.device.type == "cuda":
+        return GpuRun(model, plans, settings, say, tolerance, teal_kernel).measure()
+    if teal_kernel is not None:
+        raise ModelError(f"TEAL's kernel {teal_kernel} was given for a model on the CPU: expected --device cuda")
     with tempfile.TemporaryDirectory(prefix="actsparse-bench-") as directory:
         return _Run(model, plans, settings, Path(directory), say).measure()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from actsparse.models.opening import DTYPES
+from actsparse.models.opening import DTYPES, device_of
 from actsparse.models.sites import ModelError
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def config_of(shape: str) -> LlamaConfig:
     return LlamaConfig(**SHAPES[shape], max_position_embeddings=CONTEXT, tie_word_embeddings=False)
 
 
-def random_model(config: Any, dtype: str, *, name: str = "model", seed: int = 0) -> Any:
+def random_model(config: Any, dtype: str, *, name: str = "model", seed: int = 0, device: str = "cpu") -> Any:
     """A model of ``config`` with normal(0, 0.02) weights and unit norms, in evaluation mode.
 
     The values are runs of one pool of random numbers, each matrix's rows from other places: a billion fresh ones would
@@ -61,17 +61,18 @@ def random_model(config: Any, dtype: str, *, name: str = "model", seed: int = 0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     needed = sum(p.numel() * p.element_size() for p in model.parameters()) + OVERHEAD_BYTES
-    available = available_bytes()
+    place = device_of(device)
+    available = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else available_bytes()
     if available is not None and needed > available:
         raise ModelError(
             f"{name} in {dtype} needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB is available"
         )
-    model = model.to_empty(device="cpu")
+    model = model.to_empty(device=place)
     # Its frequencies are computed when it is made, which on the meta device gave nothing.
     decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config)
+    decoder.rotary_emb = type(decoder.rotary_emb)(config).to(place)
     generator = torch.Generator().manual_seed(seed)
-    pool = torch.empty(_POOL, dtype=DTYPES[dtype]).normal_(0, STANDARD_DEVIATION, generator=generator)
+    pool = torch.empty(_POOL, dtype=DTYPES[dtype]).normal_(0, STANDARD_DEVIATION, generator=generator).to(place)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

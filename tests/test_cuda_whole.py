@@ -1,0 +1,72 @@
+"""What only a GPU can show: long runs, calibration and the measurement on it, against the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from actsparse.calibration.collect import Calibration
+from actsparse.kernels.cuda import compiler
+from actsparse.measure.bench import run
+from actsparse.methods import make
+from actsparse.methods.base import Targets
+from actsparse.models.text import Windows
+from actsparse.plan import Plan
+from actsparse.runtime.decode import Decoder
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(bool(compiler.missing()), reason=compiler.missing() or "a GPU is there"),
+]
+
+
+def test_ten_thousand_steps_do_not_drift(tiny: Callable[..., Any]) -> None:
+    model = tiny(dtype=torch.bfloat16, intermediate_size=136, max_position_embeddings=16384).cuda()
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(4096, (10064,), generator=generator)
+    decoder, kept = Decoder(model, len(tokens)), {}
+    decoder.prefill(tokens[:64].cuda())
+    for index, token in enumerate(tokens[64:].tolist()):
+        logits = decoder.step(token)
+        if index in (0, 100, 1000, 5000, 9999):
+            kept[index] = logits.clone()
+    with torch.no_grad():
+        hidden = model.get_decoder()(input_ids=tokens[None].cuda(), use_cache=False).last_hidden_state[0]
+        for index, got in kept.items():
+            want = model.lm_head(hidden[64 + index]).float()
+            assert float((got - want).norm() / want.norm()) <= run.tolerance(torch.bfloat16, 2, sparse=False), index
+
+
+@pytest.mark.parametrize("method", ["chess", "teal", "wina", "svdp"])
+def test_plans_of_cpu_and_gpu_agree(method: str, tiny: Callable[..., Any]) -> None:
+    options = {"rank": 16} if method == "svdp" else {}
+    plans: list[Plan] = []
+    for device in ("cpu", "cuda"):
+        model = tiny(dtype=torch.bfloat16, hidden_act="relu" if method == "svdp" else "silu").to(device)
+        tokens = torch.randint(4096, (16, 256), generator=torch.Generator().manual_seed(3))
+        made = make(method, **options)
+        work = Calibration(model, Windows(tokens, "random tokens", ("",) * len(tokens)), [made])
+        plans.append(work.solve(made, work.collect()[method], Targets(0.5)))
+    one, other = plans
+    assert one.rules.keys() == other.rules.keys()
+    for site, share in one.achieved.items():
+        assert other.achieved[site] == pytest.approx(share, abs=0.005)
+    for name, rule in one.rules.items():
+        if "predictor" not in name:  # singular vectors may turn
+            torch.testing.assert_close(other.rules[name], rule, rtol=0.02, atol=1e-6)
+
+
+def test_the_measurement_on_a_gpu(tiny: Callable[..., Any]) -> None:
+    model = tiny(dtype=torch.bfloat16, intermediate_size=128).cuda()
+    quiet = {"progress": lambda done, total: None}
+    plans = run.calibrate_on_random_tokens(model, make("chess"), [0.5], tokens=512, **quiet)
+    report = run.measure(model, plans, run.Settings(8, 4, 2), say=lambda line: None)
+    rows = {row.name: row for row in report.rows}
+    assert {"hf-eager", "dense", "chess", "cublas-products"} <= set(rows)
+    assert rows["chess"].weights_read_bytes < rows["dense"].weights_read_bytes
+    assert rows["dense"].path == rows["chess"].path == "native"
+    assert rows["chess"].error is not None
+    assert report.document()["results"][0]["decode_tok_s"] > 0
