@@ -15,6 +15,8 @@ from actsparse.kernels.cpu import loading
 
 from .blocks import Block
 from .bounds import stored, thresholds
+from .test_decode_step import Llama
+from .test_graded import Case
 
 RANGE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 POOL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, RANGE, ctypes.c_void_p)
@@ -60,6 +62,17 @@ def results_of_four_tasks() -> list[Tensor]:
                 block = Block(batch, hidden, neurons, dtype, gate_threshold=threshold, value_threshold=value_threshold)
                 found.append(block.run())
                 assert ((found[-1] - block.expected()).abs() <= block.bound()).all()
+    return [*found, Case(300, 4000, 4).native(), *logits_of_four_tasks()]
+
+
+def logits_of_four_tasks() -> list[Tensor]:
+    torch.manual_seed(2)
+    llama = Llama(window=0, q_norms=True, biases=False, kind="rms")
+    llama.widen(3000)
+    native, found = llama.native(), []
+    for position, token in enumerate((3, 1, 4)):
+        found.append(torch.empty(llama.vocabulary))
+        kernels.decode_step(native, token, position, found[-1])
     return found
 
 

@@ -106,7 +106,8 @@ void attend(const Batch& batch, int64_t layer, Vectors q, Vectors k, Vectors v, 
     positions += count;
     most = count > most ? count : most;
   }
-  int64_t tasks = tasks_for(2 * d.kv_heads * positions * d.head_dim * element_size(d.cache_dtype));
+  // Four times what is read: every head computes on top of that.
+  int64_t tasks = tasks_for(8 * d.kv_heads * positions * d.head_dim * element_size(d.cache_dtype));
   if (tasks > heads) tasks = heads;
   const int64_t room = AS_MAX_BATCH * padded(most);
   float* const scores = arena().take<float>(tasks * room);
@@ -204,8 +205,10 @@ int32_t step(const Batch& batch, float* logits, as_stats* stats, int64_t stats_s
       if (!alike(*batch.decoder[other], *d)) return AS_EINVAL;
   }
   try {
-    arena().reset();
-    decode(batch, logits, stats, stats_stride);
+    as_a_team([&] {
+      arena().reset();
+      decode(batch, logits, stats, stats_stride);
+    });
   } catch (const std::bad_alloc&) {
     return AS_ENOMEM;
   }

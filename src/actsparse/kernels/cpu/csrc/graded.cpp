@@ -61,6 +61,9 @@ class Packed {
     const int64_t least = (tiles_ + strip_tiles - 1) / strip_tiles, quads = (tiles_ + 3) / 4;
     strips_ = (4 * tasks + blocks_ - 1) / blocks_;
     strips_ = tasks == 1 || strips_ < least ? least : strips_ < quads ? strips_ : quads;
+    // Two blocks at a time have half the sums to store for each column.
+    span_ = strips_ * blocks_ < 16 * tasks && tasks > 1 ? 1 : listed_columns / block_columns;
+    lists_ = (blocks_ + span_ - 1) / span_;
     grades_ = arena().take<Grades>(batch * blocks_);
     coefficient_stride_ = padded(p_->w->in);
     coefficients_ = arena().take<float>(batch * coefficient_stride_);
@@ -101,7 +104,7 @@ class Packed {
     bool more = fill(&at, units, &begun, &room->blocks[0]);
     if (more) request_begin(room->blocks[0]);
     while (more) {
-      const int64_t row = at.row, strip = at.item / blocks_;
+      const int64_t row = at.row, strip = at.item / lists_;
       more = fill(&at, units, &begun, &room->blocks[now ^ 1]);
       touch(task, strip);
       const int64_t first = strip_begin(strip);
@@ -114,7 +117,7 @@ class Packed {
 
   // Turns the tasks' sums into outputs, once all of them are there.
   void join(int64_t task) const {
-    wait_until(&next_[tasks_].value, strips_ * blocks_);
+    wait_until(&next_[tasks_].value, strips_ * lists_);
     float units[AS_MAX_BATCH];
     for (int64_t b = 0; b < batch_; ++b) units[b] = unit_of(grades_ + b * blocks_, blocks_);
     for (int64_t i = 0; i < tasks_; ++i) {
@@ -156,7 +159,7 @@ class Packed {
 
   // A strip's block that nobody has begun: of this task's own share, or when that is done, of another's.
   int64_t claim(int64_t* victim) const {
-    const int64_t items = strips_ * blocks_;
+    const int64_t items = strips_ * lists_;
     for (int64_t tries = 0; tries < tasks_; ++tries) {
       const Slice s = slice_of(items, *victim, tasks_);
       int64_t* const next = &next_[*victim].value;
@@ -188,25 +191,33 @@ class Packed {
   }
 
   void list(int64_t item, int64_t row, float unit, Block* block) const {
-    const int64_t strip = item / blocks_, number = item % blocks_, first = number * block_columns;
-    const int64_t tile = strip_begin(strip), end = strip_begin(strip + 1) * tile_groups;
-    const Grades& g = grades_[row * blocks_ + number];
-    const float* const coefficients = coefficients_ + row * coefficient_stride_ + first;
+    const int64_t strip = item / lists_, begin = item % lists_ * span_, stop = begin + span_ < blocks_ ? begin + span_ : blocks_;
+    const int64_t tile = strip_begin(strip), end = strip_begin(strip + 1) * tile_groups, first = begin * block_columns;
+    const Grades* const grades = grades_ + row * blocks_;
     const float inverse = unit == unit ? 32768.0f / (255.0f * unit) : 0.0f;
     block->w = w_;
     block->tiles = strip_begin(strip + 1) - tile;
     block->groups = (end < groups_ ? end : groups_) - tile * tile_groups;
     const uint8_t* const planes = w_->plane + first * w_->stride + tile * plane_line;
     const uint8_t* const mantissas = w_->mantissa + first * w_->mantissa_stride + tile * tile_groups;
+    int32_t multiplier[listed_columns] = {};
+    if (unit == unit) {
+      const float* const coefficients = coefficients_ + row * coefficient_stride_ + first;
+      const int64_t rest = p_->w->in - first, count = rest < (stop - begin) * block_columns ? rest : (stop - begin) * block_columns;
+      for (int64_t c = 0; c < count; ++c) multiplier[c] = nearest(coefficients[c] * inverse);
+    }
     int32_t n = 0;
     for (int p = w_->planes - 1; p >= 0; --p) {
       const int32_t centre = (1 << (2 * w_->planes)) - (1 << (2 * (w_->planes - 1 - p)));
-      for (uint64_t left = p + 1 < w_->planes ? g.read[p] & ~g.read[p + 1] : g.read[p]; left; left &= left - 1, ++n) {
-        const int c = __builtin_ctzll(left);
-        block->plane[n] = planes + c * w_->stride;
-        block->mantissa[n] = mantissas + c * w_->mantissa_stride;
-        block->multiplier[n] = unit == unit ? nearest(coefficients[c] * inverse) : 0;
-        block->centre[n] = centre;
+      for (int64_t k = begin; k < stop; ++k) {
+        const Grades& g = grades[k];
+        for (uint64_t left = p + 1 < w_->planes ? g.read[p] & ~g.read[p + 1] : g.read[p]; left; left &= left - 1, ++n) {
+          const int64_t c = (k - begin) * block_columns + __builtin_ctzll(left);
+          block->plane[n] = planes + c * w_->stride;
+          block->mantissa[n] = mantissas + c * w_->mantissa_stride;
+          block->multiplier[n] = multiplier[c];
+          block->centre[n] = centre;
+        }
       }
       block->kept[p] = n;
     }
@@ -264,6 +275,7 @@ class Packed {
   const as_packed* w_ = nullptr;
   const GradedOps* ops_ = nullptr;
   int64_t batch_ = 0, tasks_ = 0, groups_ = 0, blocks_ = 0, tiles_ = 0, strips_ = 0, coefficient_stride_ = 0;
+  int64_t span_ = 0, lists_ = 0;  // blocks of a list; lists of a strip
   Grades* grades_ = nullptr;       // [batch, blocks]
   float* coefficients_ = nullptr;  // [batch, stride]
   Claims graded_, joined_;
@@ -314,13 +326,19 @@ void packed_ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int
     products[1].activation = f.up_activation;
   }
   run(products, gated ? 2 : 1, batch, stats);
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t i = 0; i < neurons; ++i) {
-      const float g = v[b * stride + i], product = gated ? g * u[b * stride + i] : g;
-      const bool dropped = (f.gate_threshold && __builtin_fabsf(g) < f.gate_threshold[i]) ||
-                           (f.value_threshold && __builtin_fabsf(product) < f.value_threshold[i]);
-      v[b * stride + i] = dropped ? 0.0f : f.mean ? product - f.mean[i] : product;
-    }
+  // Values lie in the caches of the cores that computed them: a few tasks fetch them faster than one.
+  const int64_t tasks = tasks_for(8 * batch * neurons * int64_t(sizeof(float)));
+  parallel(tasks, [&](int64_t task) {
+    const Slice lines = slice_of((neurons + 15) / 16, task, tasks);
+    const int64_t end = lines.end * 16 < neurons ? lines.end * 16 : neurons;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = lines.begin * 16; i < end; ++i) {
+        const float g = v[b * stride + i], product = gated ? g * u[b * stride + i] : g;
+        const bool dropped = (f.gate_threshold && __builtin_fabsf(g) < f.gate_threshold[i]) ||
+                             (f.value_threshold && __builtin_fabsf(product) < f.value_threshold[i]);
+        v[b * stride + i] = dropped ? 0.0f : f.mean ? product - f.mean[i] : product;
+      }
+  });
   Product down = prepare(f.down, nullptr, v, stride, batch, y, y_stride);
   run(&down, 1, batch, stats);
 }

@@ -1,7 +1,7 @@
 // Products with packed matrices (graded.cpp) and what exists of them once per instruction set (graded_*.cpp).
 //
-// A product is cut into blocks of 64 columns. Of each, one batch row reads a list of columns, those with most planes first, so
-// that plane p is wanted of a prefix of it. Coefficients are whole numbers of one unit per product and row, so sums are exact
+// Columns are graded in blocks of 64, and added up in lists of one or two such blocks: what one batch row reads of them, columns
+// with most planes first, so that plane p is wanted of a prefix. Coefficients are whole numbers of one unit per product and row, so sums are exact
 // and do not depend on who adds what. Outputs are dealt with in tiles of 256, a 64-byte line of each plane of each column.
 #pragma once
 #include <stdint.h>
@@ -11,6 +11,7 @@
 namespace actsparse {
 
 constexpr int64_t block_columns = 64, tile_outputs = 256, group_outputs = 64, tile_groups = 4, plane_line = 64;
+constexpr int64_t listed_columns = 2 * block_columns;  // at most
 constexpr int max_planes = 4;
 constexpr int64_t strip_tiles = 64;  // at most, so that a block's coefficients stay in cache
 // A multiplier's largest value whose coefficient (255 k + 2^14) >> 15 fits eight bits; larger ones are added in two parts.
@@ -27,12 +28,12 @@ struct Block {
   int64_t groups, tiles;     // in the strip; its last tile may have fewer than four groups
   int32_t kept[max_planes];  // columns of which plane p is read: a prefix of the lists
   // Filled up to whole fours with columns whose multiplier is 0.
-  const uint8_t *plane[block_columns + 4], *mantissa[block_columns + 4];  // at the strip
-  int32_t multiplier[block_columns + 4], centre[block_columns + 4];
+  const uint8_t *plane[listed_columns + 4], *mantissa[listed_columns + 4];  // at the strip
+  int32_t multiplier[listed_columns + 4], centre[listed_columns + 4];
 };
 
 // Room for the coefficients of a block: four columns of one group to an int32.
-constexpr int64_t coefficient_room = (block_columns / 4) * strip_tiles * tile_groups;
+constexpr int64_t coefficient_room = (listed_columns / 4) * strip_tiles * tile_groups;
 
 struct GradedOps {
   const char* name;
@@ -47,6 +48,7 @@ struct GradedOps {
 // NULL when the file was compiled for another architecture.
 extern const GradedOps* const graded_scalar;
 extern const GradedOps* const graded_avx2;
+extern const GradedOps* const graded_avxvnni;
 extern const GradedOps* const graded_avx512;
 extern const GradedOps* const graded_neon;
 // Those for the instruction set in use.

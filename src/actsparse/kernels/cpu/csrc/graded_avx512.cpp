@@ -25,6 +25,8 @@ struct Lanes {
   static I mask(int byte) { return _mm512_set1_epi8(char(byte)); }
   static I both(I a, I b) { return _mm512_and_si512(a, b); }
   static I right2(I a) { return _mm512_srli_epi16(a, 2); }
+  static I right4(I a) { return _mm512_srli_epi16(a, 4); }
+  static I select(I m, I a, I b) { return _mm512_ternarylogic_epi32(m, a, b, 0xca); }
   static __m128i sixteen(const uint8_t* mantissa, __mmask16 here, int32_t multiplier) {
     const __m256i m = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(here, mantissa));
     return _mm256_cvtepi16_epi8(_mm256_mulhrs_epi16(m, _mm256_set1_epi16(int16_t(multiplier))));
@@ -53,10 +55,7 @@ struct Lanes {
   }
   static I left2(I a) { return _mm512_slli_epi32(a, 2); }
   static I left(I a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
-  template <int N>
-  static I right(I a) {
-    return _mm512_srai_epi32(a, N);
-  }
+  static I right4_signed(I a) { return _mm512_srai_epi32(a, 4); }  // of 32 bits
   static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I load_sums(const int32_t* p) { return _mm512_loadu_si512(p); }

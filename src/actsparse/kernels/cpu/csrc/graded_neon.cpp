@@ -26,12 +26,14 @@ struct Lanes {
   static I mask(int byte) { return vdupq_n_u8(uint8_t(byte)); }
   static I both(I a, I b) { return vandq_u8(a, b); }
   static I right2(I a) { return vshrq_n_u8(a, 2); }
+  static I right4(I a) { return vshrq_n_u8(a, 4); }
+  static I select(I m, I a, I b) { return vbslq_u8(m, a, b); }
   static void coefficients(const uint8_t* const* mantissa, const int32_t* multiplier, const int32_t* centre, int64_t groups,
                            int32_t* out, int32_t* centres) {
     coefficients_of(mantissa, multiplier, 0, false, centre, groups, out, centres);
   }
   static I dot(I sum, I codes, I coefficients) {
-    const int8x16_t a = vreinterpretq_s8_u8(codes), b = vreinterpretq_s8_u8(coefficients);  // codes stay under 64
+    const int8x16_t a = vreinterpretq_s8_u8(codes), b = vreinterpretq_s8_u8(coefficients);  // codes stay under 16
 #if defined(__ARM_FEATURE_DOTPROD)
     return bytes(vdotq_s32(wide(sum), a, b));
 #else
@@ -42,10 +44,7 @@ struct Lanes {
   static I spread(const int32_t* p, int) { return bytes(vdupq_n_s32(p[0])); }
   static I left2(I a) { return bytes(vshlq_n_s32(wide(a), 2)); }
   static I left(I a, int bits) { return bytes(vshlq_s32(wide(a), vdupq_n_s32(bits))); }
-  template <int N>
-  static I right(I a) {
-    return bytes(vshrq_n_s32(wide(a), N));
-  }
+  static I right4_signed(I a) { return bytes(vshrq_n_s32(wide(a), 4)); }  // of 32 bits
   static I sub(I a, I b) { return bytes(vsubq_s32(wide(a), wide(b))); }
   static I add(I a, I b) { return bytes(vaddq_s32(wide(a), wide(b))); }
   static I load_sums(const int32_t* p) { return bytes(vld1q_s32(p)); }

@@ -16,9 +16,19 @@ int64_t thread_count();
 // another (a nested parallel region is serial), and, where the pool refuses to start, on the calling thread.
 void run_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
 
+// Runs body(context, 0) in a region whose other threads wait there for what it shares out with run_tasks: waking them for
+// every product takes several microseconds where there are many. Throws what the body throws.
+void lead_team(void (*body)(void* context, int64_t task), void* context);
+// While waiting for another thread: the pause before the next look.
+void rest(int64_t spins);
+
 template <typename F>
 void parallel(int64_t tasks, F&& f) {
   run_tasks(tasks, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &f);
+}
+template <typename F>
+void as_a_team(F&& f) {
+  lead_team([](void* context, int64_t) { (*static_cast<F*>(context))(); }, &f);
 }
 
 // How many tasks are worth waking threads for, when `bytes` are to be read.

@@ -109,7 +109,9 @@ void Sums::add(const IsaOps& isa, int64_t segment, int64_t first, int64_t count,
 
 void Sums::finish() const {
   if (segments_ == 1) return;
-  const int64_t n = w_->out, reducers = tasks_for((segments_ - 1) * batch_ * n * int64_t(sizeof(float)));
+  // Lines that other cores have just written come slower than a stream from memory: fewer bytes are worth a thread.
+  constexpr int64_t dearer = 8;
+  const int64_t n = w_->out, reducers = tasks_for(dearer * (segments_ - 1) * batch_ * n * int64_t(sizeof(float)));
   parallel(reducers, [&](int64_t task) {
     const Slice lines = slice_of((n + 15) / 16, task, reducers);  // no two tasks write to one
     const int64_t end = lines.end * 16 < n ? lines.end * 16 : n;

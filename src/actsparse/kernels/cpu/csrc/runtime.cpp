@@ -1,6 +1,9 @@
-// Choice of instruction set, threads, scratch memory.
+// Choice of instruction set, scratch memory.
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <errno.h>
 #include <sys/mman.h>
@@ -28,6 +31,13 @@ bool runs_here(const IsaOps* isa) {
   return true;
 }
 
+#if defined(__x86_64__)
+bool has_avxvnni() {  // older compilers cannot ask for it by name either; its registers are AVX2's
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 constexpr int isa_kinds = 4;
 const IsaOps* isa_at(int i) {  // best first
   const IsaOps* const all[isa_kinds] = {isa_avx512, isa_avx2, isa_neon, isa_scalar};
@@ -35,21 +45,6 @@ const IsaOps* isa_at(int i) {  // best first
 }
 
 std::atomic<const IsaOps*> selected{nullptr};
-
-using ParallelFor = int32_t (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-using GetNumThreads = int32_t (*)(uint32_t*);
-std::atomic<ParallelFor> parallel_for{nullptr};
-std::atomic<GetNumThreads> get_num_threads{nullptr};
-
-struct Tasks {
-  void (*body)(void*, int64_t);
-  void* context;
-};
-
-void run_range(int64_t begin, int64_t end, void* context) {
-  const Tasks& t = *static_cast<const Tasks*>(context);
-  for (int64_t i = begin; i < end; ++i) t.body(t.context, i);
-}
 
 char* aligned(size_t bytes) {
   void* p = nullptr;
@@ -72,21 +67,13 @@ const GradedOps& graded_ops() {
   const IsaOps* const isa = &ops();
 #if defined(__x86_64__)
   if (isa == isa_avx512 && graded_avx512 && __builtin_cpu_supports("avx512vnni")) return *graded_avx512;
-  if ((isa == isa_avx512 || isa == isa_avx2) && graded_avx2) return *graded_avx2;
+  if (isa == isa_avx512 || isa == isa_avx2) {
+    static const bool vnni = has_avxvnni();
+    if (vnni && graded_avxvnni) return *graded_avxvnni;
+    if (graded_avx2) return *graded_avx2;
+  }
 #endif
   return isa == isa_neon && graded_neon ? *graded_neon : *graded_scalar;
-}
-
-int64_t thread_count() {
-  const GetNumThreads get = get_num_threads.load(std::memory_order_relaxed);
-  uint32_t n = 1;
-  return get && parallel_for.load(std::memory_order_relaxed) && get(&n) == 0 && n > 1 ? int64_t(n) : 1;
-}
-
-void run_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* context) {
-  Tasks t{body, context};
-  const ParallelFor pool = parallel_for.load(std::memory_order_relaxed);
-  if (tasks <= 1 || !pool || pool(0, tasks, 1, run_range, &t) != 0) run_range(0, tasks, &t);
 }
 
 Arena::~Arena() {
@@ -131,11 +118,6 @@ Arena& arena() {
 using namespace actsparse;
 
 int32_t as_abi_version(void) { return AS_ABI_VERSION; }
-
-void as_set_threads(void* torch_parallel_for, void* torch_get_num_threads) {
-  parallel_for.store(reinterpret_cast<ParallelFor>(torch_parallel_for));
-  get_num_threads.store(reinterpret_cast<GetNumThreads>(torch_get_num_threads));
-}
 
 const char* as_isa_available(void) {
   static const std::string names = [] {

@@ -12,13 +12,6 @@ void pause() {
 #endif
 }
 
-void rest(int64_t spins) {
-  if (spins < 500)
-    pause();
-  else
-    sched_yield();
-}
-
 constexpr int64_t slack = 16;  // what `keep` may write past its results
 
 constexpr int64_t worth_cutting = 64;  // rows per task; of fewer, whole groups of eight would leave tasks without any
@@ -27,6 +20,13 @@ constexpr int64_t worth_cutting = 64;  // rows per task; of fewer, whole groups 
 constexpr int64_t percent[Segments::rounds] = {70, 16, 9, 5};
 
 }  // namespace
+
+void rest(int64_t spins) {
+  if (spins < 500)
+    pause();
+  else
+    sched_yield();
+}
 
 Claims::Claims(int64_t count) : state_(arena().take<State>(count)), count_(count) {
   for (int64_t i = 0; i < count; ++i) state_[i].value = untouched;
