@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from actsparse.calibration.collect import Calibration
+from actsparse.cli import doctor
 from actsparse.kernels.cuda import compiler
 from actsparse.measure.bench import run
 from actsparse.methods import make
@@ -21,6 +23,12 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(bool(compiler.missing()), reason=compiler.missing() or "a GPU is there"),
 ]
+
+
+def test_doctor_names_the_gpu_and_its_kernels() -> None:
+    found = doctor.gpus()
+    assert torch.cuda.get_device_name(0) in found
+    assert re.search(r"CUDA \d+\.\d+, driver for \d+\.\d+: kernels cuda-sm_\d+", found)
 
 
 def test_ten_thousand_steps_do_not_drift(tiny: Callable[..., Any]) -> None:

@@ -110,7 +110,7 @@ def _bounds(tested: SpecifierSet | None) -> str:
 
 
 def gpus() -> str:
-    """Every CUDA GPU with its driver's CUDA version, and whether the kernels run there."""
+    """Every CUDA GPU, torch's and the driver's CUDA versions, and which kernels run there and why."""
     import torch
 
     from actsparse import kernels
@@ -121,7 +121,8 @@ def gpus() -> str:
     for index in range(torch.cuda.device_count()):
         obstacle = kernels.cuda.device_obstacle(index)
         runs = f"reference path: {obstacle}" if obstacle else f"kernels cuda-{kernels.cuda.architecture(index)}"
-        found.append(f"{torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}: {runs}")
+        versions = f"CUDA {torch.version.cuda}, driver for {kernels.cuda.driver_version()}"
+        found.append(f"{torch.cuda.get_device_name(index)}, {versions}: {runs}")
     return "; ".join(found)
 
 

@@ -4,11 +4,11 @@ Nothing here decides whether a call may run natively: that is :mod:`actsparse.ke
 """
 
 from . import decoder
-from .compiler import DTYPES, CudaError, architecture, device_obstacle, missing
+from .compiler import DTYPES, CudaError, architecture, device_obstacle, driver_version, missing
 from .launches import ffn_obstacle, layout_obstacle, linear_obstacle
 from .products import gated_ffn, linear
 
 __all__ = [
-    "DTYPES", "CudaError", "architecture", "decoder", "device_obstacle", "ffn_obstacle", "gated_ffn", "layout_obstacle",
-    "linear", "linear_obstacle", "missing",
+    "DTYPES", "CudaError", "architecture", "decoder", "device_obstacle", "driver_version", "ffn_obstacle", "gated_ffn",
+    "layout_obstacle", "linear", "linear_obstacle", "missing",
 ]  # fmt: skip

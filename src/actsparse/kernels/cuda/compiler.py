@@ -201,6 +201,13 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
+def driver_version() -> str:
+    """The newest CUDA that the driver serves, such as ``13.0``."""
+    version = ctypes.c_int()
+    _check(_driver().cuDriverGetVersion(byref(version)), "cuDriverGetVersion")
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
 def _check(result: int, what: str) -> None:
     if result:
         text = c_char_p()
