@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from actsparse import kernels
 from actsparse.cli import doctor, main
-from actsparse.measure.bench import peer, run, shapes
+from actsparse.measure.bench import packed, peer, run, shapes
 from actsparse.measure.reading import weights_read
 from actsparse.methods import make
 from actsparse.models.sites import ModelError
@@ -73,6 +73,35 @@ def test_a_model_that_does_not_fit_is_refused(monkeypatch, capsys) -> None:
     captured = capsys.readouterr()
     assert captured.err == ("actsparse: llama-3-8b in bfloat16 needs 18.2 GB of memory, 12.0 GB is available\n")
     assert captured.out == ""
+
+
+def test_a_shape_that_does_not_fit_is_made_packed(monkeypatch, capsys) -> None:
+    shape = small().to_dict()
+    kept = {name: shape[name] for name in shapes.SHAPES["llama-1b"]}
+    monkeypatch.setitem(shapes.SHAPES, "tiny", kept)
+    monkeypatch.setattr(shapes, "fits", lambda config, dtype: False)
+    options = ["--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--calibration-tokens", "64"]
+    arguments = ["bench", "--shape", "tiny", "--method", "graded", "--bits-read", "3.0,4.0", *options]
+    assert main([*arguments, "--no-llama-cpp", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "tiny in bfloat16 does not fit the memory: made packed" in captured.err
+    rows = {row["name"]: row for row in json.loads(captured.out.splitlines()[-1])["results"]}
+    assert list(rows) == ["hf-eager", "packed", "graded-3.0", "graded-4.0"]
+    assert {row["weights"] for row in rows.values()} == {"6 bits"}
+    assert rows["graded-3.0"]["bits_read"] == pytest.approx(3.0, abs=0.3)
+    assert rows["graded-4.0"]["bits_read"] == pytest.approx(4.0, abs=0.3)
+    read = [rows[name]["weights_read_bytes"] for name in ("graded-3.0", "graded-4.0", "packed")]
+    assert read[0] < read[1] < read[2]
+
+
+def test_packed_weights_are_of_the_usual_size_and_refused_where_they_do_not_fit(monkeypatch) -> None:
+    made = packed.random_packed(small(), 6, name="tiny")
+    columns = kernels.unpack_columns(made.model.layers[1].mlp.down_proj.packed, 0, 256, torch.float32)
+    assert float(columns.std()) == pytest.approx(0.02, rel=0.1)
+    assert float(made.model.rotary_emb.inv_freq[0]) == 1.0
+    monkeypatch.setattr(packed, "available_bytes", lambda: 4_000_000_000)
+    with pytest.raises(ModelError, match=r"llama-3-8b in 6 bits needs 9.\d GB of memory, 4.0 GB is available"):
+        packed.random_packed(shapes.config_of("llama-3-8b"), 6, name="llama-3-8b")
 
 
 def test_available_memory_is_plausible() -> None:

@@ -231,6 +231,7 @@ def test_unpacked_columns_are_the_oracles(isa: str, threads: int, stored: int, d
 
 def test_many_rows_are_multiplied_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_UNPACKED_BYTES", 1)
+    monkeypatch.setattr(kernels, "_OUTPUTS_AT_ONCE", 128)
     case = Case(300, 200, 6, rows=20)
     found = kernels.graded_linear(case.x, case.packed, case.thresholds, case.center, case.start)
     torch.testing.assert_close(found, case.oracle().float(), rtol=1e-4, atol=1e-3)

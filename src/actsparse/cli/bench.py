@@ -81,9 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure and report; the last line is one JSON document."""
-    from actsparse.measure.bench import shapes
+    from actsparse.measure.bench import packed, shapes
     from actsparse.measure.bench.run import Settings, measure
     from actsparse.methods import make
+    from actsparse.methods.graded import DENSE_BITS, Graded
     from actsparse.plan import Plan, PlanError
     from actsparse.runtime.swap import open_model
 
@@ -99,7 +100,14 @@ def run(options: argparse.Namespace) -> None:
     if options.shape:
         what = f"{options.shape}, random weights"
         dtype = "bfloat16" if options.dtype == "auto" else options.dtype
-        model = shapes.random_model(shapes.config_of(options.shape), dtype, name=options.shape, device=options.device)
+        config = shapes.config_of(options.shape)
+        if method.name == "graded" and options.device == "cpu" and not shapes.fits(config, dtype):
+            print(f"{options.shape} in {dtype} does not fit the memory: made packed", file=sys.stderr)
+            model = packed.random_packed(config, options.bits_stored or Graded().bits_stored, name=options.shape)
+            bits = [DENSE_BITS * (1 - target) for target in targets]
+            plans = packed.plans_on_random_tokens(model, bits, tokens=options.calibration_tokens)
+        else:
+            model = shapes.random_model(config, dtype, name=options.shape, device=options.device)
     else:
         what = options.model
         model = open_model(options.model, options.dtype, options.device)

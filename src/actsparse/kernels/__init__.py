@@ -200,8 +200,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Ten
 
 # The structure last made for a packed matrix, and the tensors that it was made for.
 _matrices: WeakKeyDictionary[planes.Packed, tuple[tuple[Tensor | None, ...], Matrix]] = WeakKeyDictionary()
-# Columns unpacked at a time for many rows: a few MB, so that they are still in cache when they are multiplied.
+# Columns unpacked at a time for many rows: a few MB, so that they are still in cache when they are multiplied, a few outputs at
+# a time: oneDNN multiplies 512 x 2048 at 205 to 216 GFLOP/s a core where it multiplies 512 x 8192 at 114 to 144.
 _UNPACKED_BYTES = 8 << 20
+_OUTPUTS_AT_ONCE = 2048
 
 
 def _packed_obstacle(x: Tensor, packed: planes.Packed) -> str:
@@ -277,7 +279,10 @@ def _graded_rows(
                 if not bool(here.any()):
                     continue
                 part = torch.where(here, part, torch.zeros((), dtype=x.dtype))
-            y += part @ cpu.unpack_columns(matrix, begin, end, planes_read, x.dtype)
+            weights = cpu.unpack_columns(matrix, begin, end, planes_read, x.dtype)
+            for first in range(0, packed.out, _OUTPUTS_AT_ONCE):
+                outputs = slice(first, first + _OUTPUTS_AT_ONCE)
+                y[:, outputs] += part @ weights[:, outputs]
     return y.to(x.dtype).reshape(*x.shape[:-1], packed.out)
 
 

@@ -23,6 +23,7 @@ from actsparse.calibration.collect import Calibration, Progress, check_sparsity
 from actsparse.measure.bench import peer
 from actsparse.measure.bench.gpu import GpuRun
 from actsparse.measure.bench.rows import Report, Row, Settings
+from actsparse.measure.bench.shapes import available_bytes
 from actsparse.measure.reading import weights_read
 from actsparse.methods import Method
 from actsparse.methods.base import Targets
@@ -32,6 +33,7 @@ from actsparse.models.text import Windows
 from actsparse.plan import ModelIdentity, Plan
 from actsparse.runtime.decode import Decoder
 from actsparse.runtime.layers import Meter
+from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.prompts import read
 from actsparse.runtime.swap import attach_meter, prompts_of, restore, sparsify
 
@@ -130,7 +132,7 @@ class _Native:
         neurons = sum(block.down.in_ for block in blocks)
         # A dense block's down is stored by rows, each of which reads every neuron.
         by_rows = sum(block.down.in_ - block.down.out for block in blocks if block.down.layout == kernels.cpu.ROWS)
-        if not row.name.startswith("graded"):
+        if not row.name.startswith(("graded", "packed")):
             row.ffn_sparsity = 1 - (done["down_rows"] + by_rows) / neurons
         row.overhead.append(1 - done["product_ns"] / (seconds * 1e9))
 
@@ -248,9 +250,11 @@ class _Run:
             self._say(f"{obstacle}: decoding goes through transformers' modules")
             self._skipped["dense"] = obstacle
         files = self._peer_files(obstacle) if self._settings.llama_cpp else {}
-        weights = str(self._model.dtype).removeprefix("torch.")
+        head = self._model.get_output_embeddings()
+        packed = isinstance(head, PackedLinear)
+        weights = f"{head.packed.stored} bits" if packed else str(self._model.dtype).removeprefix("torch.")
         eager = Row("hf-eager", "transformers", weights, weights_read_bytes=weights_read(self._model).bytes)
-        dense = [Row("dense", path, weights)] if obstacle is None else []
+        dense = [Row("packed" if packed else "dense", path, weights)] if obstacle is None else []
         sparse = [Row(_name(plan), path, _weights(plan, weights), plan.sparsity) for plan in self._plans]
         peers = {name: Row(f"llama.cpp-{name.lower()}", "llama.cpp", name) for name in files}
         for round_number in range(self._settings.repeats):
@@ -311,7 +315,8 @@ class _Run:
     def _time_native(self, row: Row) -> None:
         native = _Native(self._model, self._prompt, self._settings)
         if row.error is None:
-            sparse = row.sparsity is not None
+            # On packed weights a last bit of an activation moves coefficients of eight bits: whole steps differ by more.
+            sparse = row.sparsity is not None or row.name == "packed"
             graded = row.name.startswith("graded")
             meter = Meter()
             # Graded products count beside the kernels' own call; others compute in another way while they are metered.
@@ -339,6 +344,12 @@ class _Run:
             return {}
         files = {}
         for name in peer.FORMATS:
+            needed, available = peer.weights_bytes(config, name), available_bytes()
+            if available is not None and needed > available:
+                self._skipped[f"llama.cpp-{name.lower()}"] = (
+                    f"its weights are {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB of memory is available"
+                )
+                continue
             self._say(f"writing a {name} file of this shape for llama.cpp")
             files[name] = self._directory / f"{name}.gguf"
             peer.write(files[name], config, name)

@@ -47,6 +47,18 @@ def config_of(shape: str) -> LlamaConfig:
     return LlamaConfig(**SHAPES[shape], max_position_embeddings=CONTEXT, tie_word_embeddings=False)
 
 
+def fits(config: Any, dtype: str) -> bool:
+    """Whether :func:`random_model` finds the memory for this configuration on the CPU."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    available = available_bytes()
+    return available is None or _needed(model) <= available
+
+
+def _needed(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + OVERHEAD_BYTES
+
+
 def random_model(config: Any, dtype: str, *, name: str = "model", seed: int = 0, device: str = "cpu") -> Any:
     """A model of ``config`` with normal(0, 0.02) weights and unit norms, in evaluation mode.
 
@@ -60,7 +72,7 @@ def random_model(config: Any, dtype: str, *, name: str = "model", seed: int = 0,
         raise ModelError(f"dtype {dtype!r} is unknown: expected one of {', '.join(DTYPES)}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    needed = sum(p.numel() * p.element_size() for p in model.parameters()) + OVERHEAD_BYTES
+    needed = _needed(model)
     place = device_of(device)
     available = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else available_bytes()
     if available is not None and needed > available:
