@@ -200,9 +200,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Ten
 
 # The structure last made for a packed matrix, and the tensors that it was made for.
 _matrices: WeakKeyDictionary[planes.Packed, tuple[tuple[Tensor | None, ...], Matrix]] = WeakKeyDictionary()
-# Columns unpacked at a time for many rows: a few MB, so that they are still in cache when they are multiplied, a few outputs at
+# Columns unpacked at a time for many rows: some MB, so that they are still in cache when they are multiplied, a few outputs at
 # a time: oneDNN multiplies 512 x 2048 at 205 to 216 GFLOP/s a core where it multiplies 512 x 8192 at 114 to 144.
-_UNPACKED_BYTES = 8 << 20
+_UNPACKED_BYTES = 16 << 20
 _OUTPUTS_AT_ONCE = 2048
 
 
