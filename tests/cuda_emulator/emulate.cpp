@@ -3,6 +3,7 @@
 #define ACTSPARSE_EMULATE
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -176,6 +177,7 @@ AS_DEVICE uint16_t narrow(float value) {
   return bits;
 #endif
 }
+#include "matrix.h"
 struct Vec8;
 AS_DEVICE Vec8 load_weights(const uint16_t* at);
 AS_DEVICE void let_next_start() {}
@@ -194,6 +196,8 @@ AS_DEVICE Vec8 load_weights(const uint16_t* at) {
 #include "selection.cuh"
 #include "products.cuh"
 #include "attention.cuh"
+#include "depths.cuh"
+#include "planes.cuh"
 
 #define LAUNCHER(name, P)                                                                                     \
   extern "C" void name(const void* p, unsigned x, unsigned y, unsigned threads, unsigned shared) {            \
@@ -207,3 +211,7 @@ LAUNCHER(columns256, Columns)
 LAUNCHER(finish, Finish)
 LAUNCHER(attention, Attention)
 LAUNCHER(embedding, Embedding)
+LAUNCHER(depths, Planes)
+LAUNCHER(planes, Planes)
+LAUNCHER(join, Join)
+LAUNCHER(unpack, Unpack)

@@ -26,8 +26,33 @@ _BYTES = GROUP // 4
 _LINE = 64
 
 
+class Nested:
+    """What the codes of a matrix cost to read, whatever order their bytes lie in."""
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        raise NotImplementedError
+
+    @property
+    def stored(self) -> int:
+        """S, bits of a code."""
+        raise NotImplementedError
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Bits of the readable levels, without 0."""
+        return tuple(range(2, self.stored + 1, 2))
+
+    @property
+    def level_bytes(self) -> tuple[int, ...]:
+        """Bytes that each level reads of a column beyond the one before; mantissas and scale come with the first."""
+        plane = _BYTES * self.groups
+        return (plane + self.groups + 2, *[plane] * (self.stored // 2 - 1))
+
+
 @dataclass(frozen=True, eq=False)
-class Packed:
+class Packed(Nested):
     """A packed matrix.
 
     Attributes:
@@ -58,17 +83,6 @@ class Packed:
     def stored(self) -> int:
         """S, bits of a code."""
         return 2 * len(self.planes)
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """Bits of the readable levels, without 0."""
-        return tuple(range(2, self.stored + 1, 2))
-
-    @property
-    def level_bytes(self) -> tuple[int, ...]:
-        """Bytes that each level reads of a column beyond the one before; mantissas and scale come with the first."""
-        plane = _BYTES * self.groups
-        return (plane + self.groups + 2, *[plane] * (len(self.planes) - 1))
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,206 @@
+// The product with packed columns, on the lists of depths.cuh; its prologue and what unpacks.
+struct PlaneSums {
+  float of[4][4][4];        // [group][two of the word's eight codes][row r: x, x; row r + 8: x, x]
+  float factors[4];         // row g: the sum of group g's factors
+};
+
+// Four entries of this lane's quarter, 16 of the warp's: half a tile of outputs.
+struct PlaneWords {
+  uint2 code[4];
+  u32 mantissa[4];
+  uint2 factor;
+};
+
+AS_DEVICE void load_words(uint4 run, const unsigned char* codes, const unsigned char* mantissa, u32 inverse, PlaneWords& w) {
+  const u32 runs[4] = {run.x, run.y, run.z, run.w};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) w.code[e] = load_codes(codes + (unsigned long long)runs[e] * RUN);
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    w.mantissa[e] = load_mantissas(mantissa + (unsigned long long)high_product(runs[e], inverse) * 8);
+}
+
+AS_DEVICE void multiply_words(const PlaneWords& w, PlaneSums& sums) {
+  constexpr u32 ONES = 0x3c003c00u;
+  const int r = (threadIdx.x & 31) >> 2;
+  const u32 factor[2] = {w.factor.x, w.factor.y};
+  u32 shifted[2], mixed[2][2];
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    shifted[q] = half2_multiply(factor[q], 0xe400e400u);  // -1024
+    // Two entries' mantissas of two groups.
+    mixed[q][0] = select_bytes(w.mantissa[2 * q], w.mantissa[2 * q + 1], 0x5140u);
+    mixed[q][1] = select_bytes(w.mantissa[2 * q], w.mantissa[2 * q + 1], 0x7362u);
+  }
+#pragma unroll
+  for (int g = 0; g < 4; ++g) {
+    u32 word[2], b[2];
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const uint2 first = w.code[2 * q], second = w.code[2 * q + 1];
+      word[q] = select_bytes(g < 2 ? first.x : first.y, g < 2 ? second.x : second.y, g & 1 ? 0x7632u : 0x5410u);
+      // Mantissas as halves: 1024 + m is 0x6400 | m.
+      b[q] = half2_fma(select_bytes(mixed[q][g >> 1], 0x64646464u, g & 1 ? 0x4342u : 0x4140u), factor[q], shifted[q]);
+    }
+    const u32 here = r == g ? ONES : 0u, x = word[0], y = word[1], high_x = x >> 10, high_y = y >> 10;
+    multiply_tile(sums.factors, here, 0u, here, 0u, b[0], b[1]);
+    multiply_tile(sums.of[g][0], x & 0x00030003u, x & 0x000c000cu, y & 0x00030003u, y & 0x000c000cu, b[0], b[1]);
+    multiply_tile(sums.of[g][1], x & 0x00300030u, x & 0x00c000c0u, y & 0x00300030u, y & 0x00c000c0u, b[0], b[1]);
+    multiply_tile(sums.of[g][2], x & 0x03000300u, high_x & 0x00030003u, y & 0x03000300u, high_y & 0x00030003u, b[0], b[1]);
+    multiply_tile(sums.of[g][3], high_x & 0x000c000cu, high_x & 0x00300030u, high_y & 0x000c000cu, high_y & 0x00300030u, b[0],
+                  b[1]);
+  }
+}
+
+// blockIdx.x is a tile, blockIdx.y a split of the columns.  Two of a block's eight warps share a tile, four its entries.
+AS_KERNEL(256, 2) planes_kernel(AS_PARAMETER Planes p) {
+  AS_SHARED;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = warp & 1, share = warp >> 1, r = lane >> 2, t = lane & 3;
+  const PlaneJob& job = plane_job_of(p, blockIdx.x);
+  const int tile = blockIdx.x - job.begin, size = p.input.size, split = blockIdx.y;
+  let_next_start();
+  const unsigned char* const codes =
+      settled(job.codes + (i64)tile * size * p.planes * RUN + half * (RUN / 2) + r * 8);
+  const unsigned char* const mantissa = settled(job.mantissa + (i64)tile * size * 8 + half * 4);
+  const u32* const run = job.run + (i64)split * p.room;
+  const u16* const factor = job.factor + ((i64)split * B + (r < B ? r : 0)) * p.room;
+  const bool used = tile * PLANE_TILE + half * (PLANE_TILE / 2) < job.out;
+  PlaneSums sums;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sums.factors[e] = 0.0f;
+#pragma unroll
+  for (int e = 0; e < 64; ++e) sums.of[e / 16][e / 4 % 4][e % 4] = 0.0f;
+  wait_for_previous();
+  const int fours = job.count[split] >> 2, from = fours * share / SHARES, to = fours * (share + 1) / SHARES;
+  if (used && from < to) {
+    // Lists are read two steps ahead, codes one.  Lanes beyond the end read the last four again, with factors of zero.
+    auto place = [&](int at) { return at + t < to ? at + t : to - 1; };
+    uint4 ahead = *reinterpret_cast<const uint4*>(run + 4 * place(from));
+    PlaneWords words;
+    load_words(ahead, codes, mantissa, p.inverse, words);
+    words.factor = *reinterpret_cast<const uint2*>(factor + 4 * place(from));
+    ahead = *reinterpret_cast<const uint4*>(run + 4 * place(from + 4));
+    for (int at = from; at < to; at += 4) {
+      PlaneWords next;
+      if (at + 4 < to) {
+        load_words(ahead, codes, mantissa, p.inverse, next);
+        next.factor = *reinterpret_cast<const uint2*>(factor + 4 * place(at + 4));
+        ahead = *reinterpret_cast<const uint4*>(run + 4 * place(at + 8));
+      }
+      if (at + t >= to) words.factor.x = words.factor.y = 0;
+      multiply_words(words, sums);
+      words = next;
+    }
+  }
+  float* const results = shared;  // [share, B, 512]
+#pragma unroll
+  for (int g = 0; g < 4; ++g) {
+    const float low = __shfl_sync(0xffffffffu, sums.factors[0], 4 * g + t), high = __shfl_sync(0xffffffffu, sums.factors[1], 4 * g + t);
+#pragma unroll
+    for (int e = 0; e < 16; ++e) {
+      // Code j of a word stands at bit 2 j, or 2 (j - 5) after the shift.
+      const int j = e / 4 * 2 + (e >> 1 & 1), b = 2 * t + (e & 1);
+      const float power = 16777216.0f / (float)(1 << 2 * (j < 5 ? j : j - 5));
+      if (b < B)
+        results[(share * B + b) * PLANE_TILE + half * 256 + g * 64 + 16 * (j & 3) + 2 * r + (j >> 2)] =
+            sums.of[g][e / 4][e % 4] * power - 1.5f * (e & 1 ? high : low);
+    }
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < PLANE_TILE * p.rows; at += blockDim.x) {
+    const int b = at / PLANE_TILE, output = tile * PLANE_TILE + at % PLANE_TILE;
+    if (output >= job.out) continue;
+    float y = 0.0f;
+    for (int s = 0; s < SHARES; ++s) y += results[s * B * PLANE_TILE + at];
+    y *= job.unit[split * B + b] * (0.5f / 255.0f);
+    if (split == 0 && job.start) y += job.start[output];
+    job.y[((i64)split * p.rows + b) * job.stride + output] = y;
+  }
+}
+
+struct Join {               // y = residual + the parts' sum, in 128 values a block
+  const float* parts;       // [S, size]
+  const float* residual;
+  float* y;
+  float* squares;           // [blocks] sums of squares, or null
+  int splits, size;
+};
+
+AS_KERNEL(256, 1) join_kernel(AS_PARAMETER Join p) {
+  AS_SHARED;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quad = blockIdx.x * 32 + lane;
+  const bool inside = 4 * quad < p.size;
+  let_next_start();
+  wait_for_previous();
+  float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (inside)
+#pragma unroll 4
+    for (int s = warp; s < p.splits; s += 8) {
+      const float4 part = quad_at(p.parts + (i64)s * p.size, quad);
+      v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
+    }
+  reinterpret_cast<float4*>(shared)[threadIdx.x] = v;
+  __syncthreads();
+  if (warp) return;
+  v = inside && p.residual ? quad_at(p.residual, quad) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  for (int s = 0; s < 8; ++s) {
+    const float4 part = reinterpret_cast<float4*>(shared)[s * 32 + lane];
+    v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
+  }
+  if (inside) reinterpret_cast<float4*>(p.y)[quad] = v;
+  const float square = warp_sum(v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w);
+  if (p.squares && lane == 0) p.squares[blockIdx.x] = square;
+}
+
+struct Unpack {             // W [I, O] read to so many planes, in 16 bits
+  const unsigned char* codes;
+  const unsigned char* mantissa;
+  const u16* scale;
+  u16* w;                   // [columns, O]
+  i64 columns;
+  int out, planes, read, inputs, begin;
+  float gain;
+};
+
+// A thread for each (column, half tile, r); blockIdx.y is a tile.
+AS_KERNEL(256, 4) unpack_kernel(AS_PARAMETER Unpack p) {
+  const i64 number = (i64)blockIdx.x * blockDim.x + threadIdx.x, column = number >> 4;
+  const int r = number & 7, half = number >> 3 & 1, tile = blockIdx.y;
+  const int first = tile * PLANE_TILE + half * (PLANE_TILE / 2);
+  if (column >= p.columns || first >= p.out) return;
+  const i64 from = (i64)tile * p.inputs + p.begin + column;
+  const unsigned char* const codes = p.codes + from * p.planes * RUN + half * (RUN / 2) + r * 8;
+  uint2 word[MOST_PLANES];
+#pragma unroll
+  for (int k = 0; k < MOST_PLANES; ++k)
+    if (k < p.read) word[k] = load_codes(codes + k * RUN);
+  const u32 mantissas = load_mantissas(p.mantissa + from * 8 + half * 4);
+  const float base = as_float((u32)p.scale[p.begin + column] << 16) * p.gain / 255.0f;
+  u16* const to = p.w + column * p.out + first;
+#pragma unroll
+  for (int g = 0; g < 4; ++g) {
+    const float step = base * (float)(mantissas >> 8 * g & 255u);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      u16 pair[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float sum = 0.0f, power = 0.5f;
+#pragma unroll
+        for (int q = 0; q < MOST_PLANES; ++q)
+          if (q < p.read) {
+            const u32 code = (g < 2 ? word[q].x : word[q].y) >> (16 * (g & 1) + 8 * h + 2 * k) & 3u;
+            sum += power * ((float)code - 1.5f);
+            power *= 0.25f;
+          }
+        pair[h] = narrow(step * sum);
+      }
+      const int output = g * 64 + 16 * k + 2 * r;
+      if (first + output + 1 < p.out && p.out % 2 == 0)
+        *reinterpret_cast<u32*>(to + output) = (u32)pair[0] | (u32)pair[1] << 16;
+      else
+        for (int h = 0; h < 2; ++h)
+          if (first + output + h < p.out) to[output + h] = pair[h];
+    }
+  }
+}

@@ -1,0 +1,351 @@
+"""Packed matrices on a GPU: products by levels for 1 to 8 rows, and unpacked weights for more.
+
+Letters: B rows of x, I inputs, O outputs, L planes, S splits, T tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int32, c_int64, c_uint32, c_void_p
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .. import planes
+from . import compiler
+from .launches import ACTIVATIONS, MAX_BATCH, Builder, Machine, compiled_rows
+from .products import Run, machine_of
+from .structures import Finish, Launch, Parts, pointer, vector
+from .tiles import TILE, Tiles, packed_of
+
+THREADS = 256
+_LOOK = 4 * THREADS  # columns of a split at most: one block lists their entries
+_SHARES = 4
+_LEAST_SLICE = 64  # columns of a block: fewer do not pay for its beginning
+# Unpacked weights that are held at a time, for many rows.
+_SCRATCH_BYTES = 256 << 20
+
+
+class PlaneInput(Structure):
+    """x of a product with packed matrices."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("value", c_void_p),
+        ("second", c_void_p),
+        ("norm", c_void_p),
+        ("squares", c_void_p),
+        ("splits", c_int32),
+        ("second_splits", c_int32),
+        ("activation", c_int32),
+        ("second_activation", c_int32),
+        ("parts", c_int32),
+        ("size", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class PlaneJob(Structure):
+    """One packed matrix of a launch."""
+
+    _fields_ = [
+        ("codes", c_void_p),
+        ("mantissa", c_void_p),
+        ("scale", c_void_p),
+        ("threshold", c_void_p),
+        ("center", c_void_p),
+        ("start", c_void_p),
+        ("y", c_void_p),
+        ("run", c_void_p),
+        ("factor", c_void_p),
+        ("unit", c_void_p),
+        ("count", c_void_p),
+        ("gain", c_float * 4),
+        ("stride", c_int64),
+        ("out", c_int32),
+        ("begin", c_int32),
+    ]
+
+
+class Planes(Structure):
+    """A product with packed matrices."""
+
+    _fields_ = [
+        ("input", PlaneInput),
+        ("job", PlaneJob * 3),
+        ("jobs", c_int32),
+        ("rows", c_int32),
+        ("slice", c_int32),
+        ("planes", c_int32),
+        ("inverse", c_uint32),
+        ("room", c_int32),
+    ]
+
+
+class Join(Structure):
+    """A sum of parts and a residual."""
+
+    _fields_ = [
+        ("parts", c_void_p),
+        ("residual", c_void_p),
+        ("y", c_void_p),
+        ("squares", c_void_p),
+        ("splits", c_int32),
+        ("size", c_int32),
+    ]
+
+
+class Unpack(Structure):
+    """Weights to 16 bits."""
+
+    _fields_ = [
+        ("codes", c_void_p),
+        ("mantissa", c_void_p),
+        ("scale", c_void_p),
+        ("w", c_void_p),
+        ("columns", c_int64),
+        ("out", c_int32),
+        ("planes", c_int32),
+        ("read", c_int32),
+        ("inputs", c_int32),
+        ("begin", c_int32),
+        ("gain", c_float),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class PlaneMatrix:
+    """A packed matrix with what decides how deep it is read: thresholds float32 [L, I] (None: every plane), center [I], start [O]."""
+
+    tiles: Tiles
+    thresholds: Tensor | None
+    center: Tensor | None
+    start: Tensor | None
+
+    @property
+    def out(self) -> int:
+        """O."""
+        return self.tiles.out
+
+    @property
+    def inn(self) -> int:
+        """I."""
+        return self.tiles.inputs
+
+
+def plane_matrix(
+    tiles: Tiles, thresholds: Tensor | None = None, center: Tensor | None = None, start: Tensor | None = None
+) -> PlaneMatrix:
+    """The matrix for the kernels; ValueError when something does not fit."""
+    if obstacle := obstacle_of(tiles):
+        raise ValueError(obstacle)
+    levels, inputs = len(tiles.gains), tiles.inputs
+    for name, given, shape in (
+        ("thresholds", thresholds, (levels, inputs)), ("center", center, (inputs,)), ("start", start, (tiles.out,)),
+    ):  # fmt: skip
+        if given is not None and tuple(given.shape) != shape:
+            raise ValueError(f"{name} have shape {tuple(given.shape)}, expected {shape}")
+    device = tiles.codes.device
+    flat = None if thresholds is None else vector(thresholds, device)
+    return PlaneMatrix(tiles, flat, vector(center, device), vector(start, device))
+
+
+def obstacle_of(tiles: Tiles) -> str:
+    """Why the kernels cannot take a packed matrix, in words; empty when they can."""
+    if tiles.inputs % 4:
+        return f"a packed matrix of {tiles.inputs} inputs, expected a multiple of 4"
+    runs = tiles.inputs * len(tiles.gains)
+    return f"a packed matrix of {tiles.inputs} inputs is too large" if runs >= 1 << 31 else ""
+
+
+def product(
+    build: Builder, x: PlaneInput, matrices: Sequence[PlaneMatrix], *, splits: int = 0, together: bool = False,
+    keep: tuple[Any, ...] = (),
+) -> list[Parts]:  # fmt: skip
+    """Every matrix's product with x, in parts: one vector for each, or one for all, side by side, if ``together``."""
+    rows, size, levels = build.rows, x.size, {len(matrix.tiles.gains) for matrix in matrices}
+    if len(levels) != 1 or any(matrix.inn != size for matrix in matrices):
+        raise ValueError("packed matrices of one input differ in bits stored or in inputs")
+    (planes_stored,) = levels
+    count = sum(matrix.tiles.codes.shape[0] for matrix in matrices)
+    splits = splits or max(1, 2 * build.machine.processors // count)
+    slice_ = min(_LOOK, max(_LEAST_SLICE, -(-size // splits) + 3 & ~3))
+    splits, room, compiled = -(-size // slice_), slice_ * planes_stored, build.compiled
+    total = sum(matrix.out for matrix in matrices)
+    whole = build.scratch(splits * rows * total) if together and len(matrices) > 1 else None
+    jobs, results, begin, offset = (PlaneJob * 3)(), [], 0, 0
+    for at, matrix in enumerate(matrices):
+        tiles = matrix.tiles
+        y = build.scratch(splits * rows * matrix.out) if whole is None else whole[offset:]
+        if whole is None:
+            results.append(Parts(y, splits, matrix.out))
+        lists = (
+            build.scratch(splits * room, torch.int32), build.scratch(-(-splits * compiled * room // 2), torch.int32),
+            build.scratch(splits * compiled), build.scratch(splits, torch.int32),
+        )  # fmt: skip
+        jobs[at] = PlaneJob(
+            pointer(tiles.codes), pointer(tiles.mantissa), pointer(tiles.scale), pointer(matrix.thresholds),
+            pointer(matrix.center), pointer(matrix.start), pointer(y), *map(pointer, lists), (c_float * 4)(*tiles.gains),
+            matrix.out if whole is None else total, matrix.out, begin,
+        )  # fmt: skip
+        begin, offset, keep = begin + tiles.codes.shape[0], offset + matrix.out, (*keep, matrix, y, lists)
+    if whole is not None:
+        results.append(Parts(whole, splits, total))
+    inverse = -(-(1 << 32) // planes_stored)
+    p = Planes(x, jobs, len(matrices), rows, slice_, planes_stored, inverse, room)
+    look = 4 * (8 * compiled + 16 + 5 * THREADS * compiled)
+    build.launches.append(Launch("depths", (len(matrices), splits), THREADS, look, p, keep))
+    build.launches.append(Launch("planes", (begin, splits), THREADS, 4 * _SHARES * compiled * TILE, p, keep))
+    return results
+
+
+def join(build: Builder, parts: Parts | None, y: Tensor, residual: Tensor | None = None, squares: Tensor | None = None) -> None:
+    """y = residual + the sum of the parts (one row); ``squares`` [blocks] gets parts of the sum of y's squares."""
+    p = Join(
+        pointer(parts.values) if parts else None, pointer(residual), pointer(y), pointer(squares),
+        parts.splits if parts else 0, y.numel(),
+    )  # fmt: skip
+    build.launches.append(Launch("join", (blocks_of(y.numel()), 1), 256, 4096, p, (parts, residual, y, squares)))
+
+
+def blocks_of(size: int) -> int:
+    """Blocks that join ``size`` values."""
+    return -(-size // 128)
+
+
+def linear(
+    x: Tensor, matrix: PlaneMatrix, *, machine: Machine | None = None, run: Run = compiler.run, splits: int = 0
+) -> Tensor:
+    """y = start + sum over i of (x_i - center_i) W_b(i)[:, i]; x [..., I] of 16 bits, 1 to 8 rows."""
+    rows = x.numel() // x.shape[-1]
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], matrix.out))
+    build = Builder(machine or machine_of(x), x.device, rows)
+    given = PlaneInput(x=pointer(x), size=matrix.inn)
+    (parts,) = product(build, given, [matrix], splits=splits)
+    f = Finish(parts.values.data_ptr(), y.data_ptr(), rows * matrix.out, parts.splits)
+    build.launches.append(Launch("finish", (-(-rows * matrix.out // 256), 1), 256, 0, f, (parts, y)))
+    run(build.launches, x.device, x.dtype, rows)
+    return y
+
+
+def unpack(
+    tiles: Tiles, dtype: torch.dtype, level: int | None = None, *, begin: int = 0, end: int | None = None,
+    first: int = 0, last: int | None = None, into: Tensor | None = None, run: Run = compiler.run,
+) -> Tensor:  # fmt: skip
+    """W[first:last, begin:end] read to ``level`` bits (None: all), transposed: 16-bit [end - begin, last - first].
+
+    ``first`` is a multiple of 512.  ``into`` is memory for it.
+    """
+    read = len(tiles.gains) if level is None else level // 2
+    end, last = tiles.inputs if end is None else end, tiles.out if last is None else last
+    columns, out = end - begin, last - first
+    flat = torch.empty(columns * out, dtype=dtype, device=tiles.codes.device) if into is None else into
+    w = flat[: columns * out].view(columns, out)
+    number = first // TILE
+    p = Unpack(
+        tiles.codes[number].data_ptr(), tiles.mantissa[number].data_ptr(), pointer(tiles.scale), w.data_ptr(), columns,
+        out, len(tiles.gains), read, tiles.inputs, begin, tiles.gains[read - 1],
+    )  # fmt: skip
+    grid = (-(-columns * 16 // 256), -(-out // TILE))
+    if columns and out:
+        run([Launch("unpack", grid, 256, 0, p, (tiles, w))], w.device, dtype, 1)
+    return w
+
+
+# What a product starts from when its input is not centred: start - W center; with the tensors that it was made of.
+_starts: WeakKeyDictionary[Tiles, tuple[Tensor | None, Tensor | None, torch.dtype, Tensor]] = WeakKeyDictionary()
+
+
+def linear_rows(
+    x: Tensor, tiles: Tiles, thresholds: Tensor | None, center: Tensor | None, start: Tensor | None, *,
+    run: Run = compiler.run,
+) -> Tensor:  # fmt: skip
+    """The product for any number of rows of 16 bits, with weights that are unpacked a few at a time for the matrix library."""
+    rows = x.reshape(-1, tiles.inputs)
+    step = max(TILE, _SCRATCH_BYTES // (2 * tiles.inputs) // TILE * TILE)
+    scratch = torch.empty(tiles.inputs * min(step, tiles.out), dtype=x.dtype, device=x.device)
+    y = torch.empty(len(rows), tiles.out, dtype=x.dtype, device=x.device)
+    read = None if thresholds is None else planes.levels_read(rows, thresholds, center)
+    base = start
+    if read is None:
+        deviation = rows
+        base = _uncentred(tiles, center, start, x.dtype, scratch, step, run)
+    else:
+        deviation = rows if center is None else (rows.float() - center).to(x.dtype)
+    for first in range(0, tiles.out, step):
+        last = min(first + step, tiles.out)
+        if read is None:
+            w = unpack(tiles, x.dtype, first=first, last=last, into=scratch, run=run)
+            if base is None:
+                torch.mm(deviation, w, out=y[:, first:last])
+            else:
+                y[:, first:last] = torch.addmm(base[first:last], deviation, w)
+            continue
+        total = torch.zeros(len(rows), last - first, dtype=torch.float32, device=x.device)
+        if base is not None:
+            total += base[first:last].float()
+        for level in tiles.levels:
+            part = torch.where(read == level // 2, deviation, torch.zeros((), dtype=x.dtype, device=x.device))
+            total += part @ unpack(tiles, x.dtype, level, first=first, last=last, into=scratch, run=run)
+        y[:, first:last] = total.to(x.dtype)
+    return y.view(*x.shape[:-1], tiles.out)
+
+
+def _uncentred(
+    tiles: Tiles, center: Tensor | None, start: Tensor | None, dtype: torch.dtype, scratch: Tensor, step: int, run: Run
+) -> Tensor | None:
+    """start - W center, rounded: many rows need not be centred then.  Made once."""
+    if center is None:
+        return None if start is None else start.to(dtype)
+    known = _starts.get(tiles)
+    if known is not None and known[0] is center and known[1] is start and known[2] == dtype:
+        return known[3]
+    base = torch.zeros(tiles.out, device=center.device) if start is None else start.float().clone()
+    for first in range(0, tiles.out, step):
+        last = min(first + step, tiles.out)
+        # In float32 a few columns at a time: this happens once, and a prompt should not feel it.
+        w = unpack(tiles, dtype, first=first, last=last, into=scratch, run=run)
+        for begin in range(0, tiles.inputs, 1024):
+            base[first:last] -= center[begin : begin + 1024] @ w[begin : begin + 1024].float()
+    rounded = base.to(dtype)
+    _starts[tiles] = (center, start, dtype, rounded)
+    return rounded
+
+
+def graded_obstacle(x: Tensor, tiles: Tiles) -> str:
+    """Why the kernels cannot take a call, in words; empty when they can."""
+    if not x.is_cuda or x.device != tiles.codes.device:
+        return f"x is on {x.device}, the packed matrix on {tiles.codes.device}"
+    if x.dtype not in compiler.DTYPES:
+        return f"{x.dtype} has no native kernel"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "x requires grad"
+    return obstacle_of(tiles) or compiler.device_obstacle(x.device.index)
+
+
+_matrices: WeakKeyDictionary[Tiles, PlaneMatrix] = WeakKeyDictionary()
+
+
+def graded_linear(
+    x: Tensor, tiles: Tiles, thresholds: Tensor | None, center: Tensor | None, start: Tensor | None
+) -> Tensor:
+    """As :func:`actsparse.kernels.graded_linear`."""
+    if torch.compiler.is_compiling() or graded_obstacle(x, tiles):
+        return planes.linear(x, packed_of(tiles), thresholds, center, start)
+    if not 1 <= x.numel() // x.shape[-1] <= MAX_BATCH:
+        return linear_rows(x, tiles, thresholds, center, start)
+    known = _matrices.get(tiles)
+    if known is None or known.thresholds is not thresholds or known.center is not center or known.start is not start:
+        known = plane_matrix(tiles, thresholds, center, start)
+        _matrices[tiles] = known
+    return linear(x, known)
+
+
+__all__ = [
+    "PlaneInput", "PlaneMatrix", "Tiles", "blocks_of", "compiled_rows", "graded_linear", "graded_obstacle", "join", "linear",
+    "linear_rows", "obstacle_of", "plane_matrix", "product", "unpack", "ACTIVATIONS",
+]  # fmt: skip

@@ -1,0 +1,109 @@
+"""Packed matrices in the order that a GPU reads: the format's codes (``docs/format.md``), bytes in another order.
+
+Outputs form tiles of 512, eight groups each; a tile holds of every column one record of L runs of 128 bytes, the tile's part of
+each plane.  A run is [half 2][r 8][group 4][h 2], byte (half, r, group, h) being byte 2 r + h of that group: so each thread of
+a warp gets, with one 8-byte load, the same two bytes of four groups, which is what tensor cores want.
+
+Letters: O outputs, I inputs, G groups, L planes, T tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..planes import GROUP, Nested, Packed, groups_of
+
+TILE = 512
+RUN = TILE // 4
+_GROUPS = TILE // GROUP
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles(Nested):
+    """A packed matrix for the CUDA kernels.
+
+    Attributes:
+        out: O.
+        codes: uint8 [T, I, L, 128].
+        mantissa: uint8 [T, I, 8].
+        scale: bfloat16 [I].
+        gain: float32 [L].
+        gains: the same on the host.
+    """
+
+    out: int
+    codes: Tensor
+    mantissa: Tensor
+    scale: Tensor
+    gain: Tensor
+    gains: tuple[float, ...] = field(default=())
+
+    @property
+    def inputs(self) -> int:
+        """I."""
+        return self.codes.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return groups_of(self.out)
+
+    @property
+    def stored(self) -> int:
+        """S, bits of a code."""
+        return 2 * self.codes.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the matrix takes on the GPU."""
+        parts = (self.codes, self.mantissa, self.scale, self.gain)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    @property
+    def storages(self) -> tuple[Tensor, ...]:
+        """What the codes lie in."""
+        return (self.codes, self.mantissa)
+
+
+def tiles_of(packed: Packed, device: torch.device | str | None = None) -> Tiles:
+    """The same matrix in tiles on ``device`` (by default where it is); bytes are moved first and sorted there."""
+    device = packed.scale.device if device is None else torch.device(device)
+    inputs, groups, levels = packed.inputs, packed.groups, len(packed.planes)
+    tiles = -(-packed.out // TILE)
+    padded = tiles * _GROUPS
+    codes = torch.empty(tiles, inputs, levels, 2, 8, 4, 2, dtype=torch.uint8, device=device)
+    for number, plane in enumerate(packed.planes):
+        # [I, G, r, h]; a column's groups are filled up to whole tiles.
+        moved = _moved(plane, device).reshape(inputs, groups, 8, 2)
+        if padded > groups:
+            moved = torch.cat([moved, moved.new_zeros(inputs, padded - groups, 8, 2)], 1)
+        codes[:, :, number] = moved.view(inputs, tiles, 2, 4, 8, 2).permute(1, 0, 2, 4, 3, 5)
+    mantissa = torch.zeros(inputs, padded, dtype=torch.uint8, device=device)
+    mantissa[:, :groups] = _moved(packed.mantissa, device)
+    mantissa = mantissa.view(inputs, tiles, _GROUPS).permute(1, 0, 2).contiguous()
+    scale, gain = packed.scale.to(device).contiguous(), packed.gain.to(device).contiguous()
+    return Tiles(packed.out, codes.view(tiles, inputs, levels, RUN), mantissa, scale, gain, tuple(packed.gain.tolist()))
+
+
+def packed_of(tiles: Tiles, device: torch.device | str | None = None) -> Packed:
+    """The same matrix in the format's order, on ``device`` (by default where it is)."""
+    device = tiles.codes.device if device is None else torch.device(device)
+    count, inputs, levels, _ = tiles.codes.shape
+    groups = tiles.groups
+    split = tiles.codes.view(count, inputs, levels, 2, 8, 4, 2)
+    planes = tuple(
+        split[:, :, number].permute(1, 0, 2, 4, 3, 5).reshape(inputs, -1)[:, : 16 * groups].contiguous().to(device)
+        for number in range(levels)
+    )
+    mantissa = tiles.mantissa.permute(1, 0, 2).reshape(inputs, -1)[:, :groups].contiguous().to(device)
+    return Packed(tiles.out, mantissa, planes, tiles.scale.to(device), tiles.gain.to(device))
+
+
+def _moved(part: Tensor, device: torch.device) -> Tensor:
+    """A packed part [I, bytes] on another device: whole records at once where it is a view into them."""
+    if part.device == device or part.is_contiguous():
+        return part.to(device)
+    return part.contiguous().to(device)
