@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from actsparse.kernels.cuda import compiler
+from actsparse.calibration.pack import Settings, pack
+from actsparse.kernels.cuda import compiler, tiles
 from actsparse.kernels.cuda import decoder as cuda_decoder
 from actsparse.measure.bench.run import tolerance
-from actsparse.runtime import decode
+from actsparse.runtime import decode, swap
+from actsparse.runtime.graded import GradedLinear
+from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.prompts import read
 from tests import cuda_emulator
 
@@ -57,3 +61,40 @@ def test_steps_agree_with_the_modules(device: str, family: str, tiny: Callable[.
         assert float((got - want).norm() / want.norm()) <= tolerance(torch.bfloat16, 2, sparse=False)
     decoder.rewind(152)
     assert torch.equal(decoder.step(11), got)
+
+
+def in_tiles(model: Any) -> Any:
+    """The packed matrices of a model on the CPU in the order that a GPU reads: only the emulator takes that."""
+    for module in model.modules():
+        if isinstance(module, (GradedLinear, PackedLinear)):
+            module.packed = tiles.tiles_of(module.packed)
+    return model
+
+
+@pytest.mark.parametrize("plan", ["graded", "every plane"])
+def test_packed_models_take_the_same_steps(
+    device: str, plan: str, tmp_path: Path, tiny: Callable[..., Any], tokenizer: Any, text_file: Path
+) -> None:
+    source, packed = tmp_path / "dense", tmp_path / "packed"
+    tiny("llama", torch.bfloat16, intermediate_size=136).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    pack(str(source), packed, Settings(bits_read=3.0, text=str(text_file), tokens=1024))
+    plain = swap.open_model(str(packed))
+    model = in_tiles(swap.open_model(str(packed))) if device == "cpu" else swap.open_model(str(packed), device=device)
+    if plan == "every plane":
+        plain, model = swap.restore(plain), swap.restore(model)
+        model = in_tiles(model) if device == "cpu" else model
+    decoder = decode.Decoder(model, 64)
+    assert "packed" in decoder.path
+    prompt = torch.randint(4096, (20,), generator=torch.Generator().manual_seed(3))
+    cache = DynamicCache()
+    with torch.no_grad():
+        read(plain, prompt[None], cache, None)
+    decoder.prefill(prompt)
+    for token in (5, 9, 11):
+        with torch.no_grad():
+            want = read(plain, torch.tensor([[token]]), cache, None).logits[0, -1].float()
+        got = decoder.step(token).clone().cpu()
+        assert float((got - want).norm() / want.norm()) <= tolerance(torch.bfloat16, 2, sparse=True)
+    decoder.rewind(22)
+    assert torch.equal(decoder.step(11).cpu(), got)

@@ -5,13 +5,15 @@ Shape letters: B rows, I inputs, O outputs, L levels.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from actsparse.kernels import planes
-from actsparse.kernels.cuda import compiler, graded, tiles
+from actsparse.kernels.cuda import compiler, graded, round_block, tiles
+from actsparse.methods import feedback
 from tests import cuda_emulator
 
 I, O = 1100, 584  # noqa: E741  more columns than a block looks at together; a tile and a bit, groups not whole
@@ -167,3 +169,25 @@ def test_many_rows(where: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
         ).cpu()  # fmt: skip
         error = (got.double() - want).norm() / want.norm()
         assert float(error) < 0.006
+
+
+def test_columns_rounded_with_feedback(where: dict[str, Any]) -> None:
+    """As the loop on the CPU does, but for values that lie within rounding of a step."""
+    g = torch.Generator().manual_seed(2)
+    inputs, outputs, begin, end, stored = 40, 150, 5, 37, 6
+    rest = torch.randn(inputs, outputs, generator=g)
+    half_range = 1.5 + torch.rand(inputs, planes.groups_of(outputs), generator=g)
+    upper = (torch.eye(inputs) + 0.1 * torch.rand(inputs, inputs, generator=g)).triu()
+    shares, gain = torch.rand(3, inputs, generator=g) / 3, 0.9 + 0.1 * torch.rand(3, generator=g)
+    results = []
+    for device, function in (("cpu", feedback._round_block), (where["device"], None)):
+        given = [tensor.clone().to(device) for tensor in (rest, half_range, upper, shares, gain)]
+        codes = torch.zeros(inputs, outputs, dtype=torch.uint8, device=device)
+        rounded = function or partial(round_block, **options(where, "run"))
+        errors = rounded(given[0], begin, end, stored, *given[1:], codes)
+        results.append([tensor.cpu() for tensor in (errors, codes, given[0])])
+    (errors, codes, left), (got_errors, got_codes, got_left) = results
+    same = (codes == got_codes).all(0)  # outputs are independent
+    assert float(same.float().mean()) > 0.95
+    assert torch.allclose(errors[:, same], got_errors[:, same], atol=1e-5)
+    assert torch.allclose(left[:, same], got_left[:, same], atol=1e-5)

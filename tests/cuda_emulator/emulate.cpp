@@ -198,6 +198,7 @@ AS_DEVICE Vec8 load_weights(const uint16_t* at) {
 #include "attention.cuh"
 #include "depths.cuh"
 #include "planes.cuh"
+#include "rounding.cuh"
 
 #define LAUNCHER(name, P)                                                                                     \
   extern "C" void name(const void* p, unsigned x, unsigned y, unsigned threads, unsigned shared) {            \
@@ -215,3 +216,4 @@ LAUNCHER(depths, Planes)
 LAUNCHER(planes, Planes)
 LAUNCHER(join, Join)
 LAUNCHER(unpack, Unpack)
+LAUNCHER(rounding, Rounding)

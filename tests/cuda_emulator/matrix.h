@@ -31,6 +31,17 @@ AS_DEVICE uint32_t load_mantissas(const unsigned char* at) {
   std::memcpy(&v, at, 4);
   return v;
 }
+AS_DEVICE void copy_ahead16(unsigned char* to, const unsigned char* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) __builtin_trap();
+  std::memcpy(to, from, 16);
+}
+AS_DEVICE void copy_ahead4(unsigned char* to, const unsigned char* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 4 || reinterpret_cast<uintptr_t>(from) % 4) __builtin_trap();
+  std::memcpy(to, from, 4);
+}
+AS_DEVICE void end_copies() {}
+template <int LATER>
+AS_DEVICE void await_copies() {}
 AS_DEVICE const unsigned char* settled(const unsigned char* at) { return at; }
 AS_DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
 AS_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {

@@ -89,7 +89,14 @@ class Settings:
             )
 
 
-def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progress: Progress | None = None) -> Plan:
+def pack(
+    name: str,
+    output: str | os.PathLike[str],
+    settings: Settings,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Plan:
     """Pack the model ``name`` (a directory or a hub id) into the directory ``output``; returns the plan in it.
 
     Args:
@@ -97,6 +104,7 @@ def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progr
         output: a directory that does not exist yet; it appears whole or not at all.  Beside it lies ``.NAME.packing`` with the
             layers that are done, until then.
         settings: how.
+        device: where calibration and rounding run, and the whole model lies meanwhile.
         progress: called after every batch.
 
     Raises:
@@ -108,12 +116,13 @@ def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progr
         raise ModelError(f"{target} exists, expected a new directory")
     if directory.is_packed(name):
         raise ModelError(f"model {name} is packed already, expected a dense one")
-    model, tokenizer, source, release = _open(name)
+    place = opening.device_of(device)
+    model, tokenizer, source, release = _open(name, place)
     windows = load_calibration_windows(
         model,
         tokenizer,
         settings.text or str(DEFAULT_TEXT),
-        tokens=settings.tokens or default_tokens(sum(p.numel() for p in model.parameters())),
+        tokens=settings.tokens or default_tokens(sum(p.numel() for p in model.parameters()), place.type),
         window=None,
         packing="packed",
         default=WINDOW,
@@ -126,24 +135,26 @@ def pack(name: str, output: str | os.PathLike[str], settings: Settings, *, progr
     return plan
 
 
-def default_tokens(parameters: int) -> int:
-    """Calibration tokens for a model of so many parameters: small models need, and can afford, more."""
+def default_tokens(parameters: int, device: str = "cpu") -> int:
+    """Calibration tokens for a model of so many parameters: small models need, and can afford, more; GPUs afford the most."""
+    if device == "cuda":
+        return _MOST_TOKENS
     affordable = _WORK / (3 * parameters)  # two forward passes, and one backward that needs no gradients of weights
     return int(min(_MOST_TOKENS, max(_LEAST_TOKENS, affordable)))
 
 
-def _open(name: str) -> tuple[Any, Any, Path | None, Callable[[int], None]]:
+def _open(name: str, device: torch.device) -> tuple[Any, Any, Path | None, Callable[[int], None]]:
     """Model, tokenizer, the directory they came from (None for a GGUF file), and what lets a layer's weights go.
 
     Weights in safetensors files are views of their mapping.
     """
     if name.endswith(".gguf"):
         model, tokenizer = opening.open_gguf(name)
-        return model, tokenizer, None, lambda index: None
+        return model.to(device), tokenizer, None, lambda index: None
     source = Path(opening.local_directory(name))
     tokenizer = opening.open_tokenizer(str(source))
-    if not any(source.glob("*.safetensors")):
-        return opening.open_model(str(source)), tokenizer, source, lambda index: None
+    if device.type != "cpu" or not any(source.glob("*.safetensors")):
+        return opening.open_model(str(source), device=str(device)), tokenizer, source, lambda index: None
     model = open_mapped(str(source), everything=True)
     mapped = mapped_weights(model)
     assert mapped is not None

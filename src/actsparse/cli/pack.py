@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from actsparse.cli.terminal import add_thread_argument, positive, progress_bar, set_threads
+from actsparse.cli.terminal import add_device_argument, add_thread_argument, positive, progress_bar, set_threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=positive, help="calibration tokens (default: 2,048 to 16,384, by the model's size)"
     )
+    add_device_argument(parser)
     add_thread_argument(parser)
 
 
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     settings.check()
     set_threads(options)
     with progress_bar("packing") as progress:
-        plan = pack(options.model, options.output, settings, progress=progress)
+        plan = pack(options.model, options.output, settings, device=options.device, progress=progress)
     size = sum(file.stat().st_size for file in Path(options.output).iterdir())
     print(
         f"wrote {options.output}: {size / 1e6:,.1f} MB, {options.bits_stored} bits stored, "

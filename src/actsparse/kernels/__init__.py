@@ -37,7 +37,6 @@ from .cpu import (
     layer_of,
     matrix_of,
     norm_of,
-    packed_of,
     read_bandwidth,
     reset_stats,
     select_isa,
@@ -50,7 +49,7 @@ __all__ = [
     "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "Rules", "available_isas",
     "channel_statistics", "core_statistics", "cuda", "decode_step", "decode_together", "decoder_of", "explain",
     "ffn_of", "gated_ffn", "graded_linear", "graded_path", "isa", "layer_of", "linear", "matrix_of", "norm_of",
-    "packed_of", "path_for", "planes", "portable", "read_bandwidth", "reference", "reset_stats", "select_isa",
+    "packed_of", "packed_on", "path_for", "planes", "portable", "read_bandwidth", "reference", "reset_stats", "select_isa",
     "stats", "unpack_columns", "use_huge_pages",
 ]  # fmt: skip
 
@@ -199,6 +198,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Ten
 # ---- packed matrices ---------------------------------------------------------------------------------------------------
 
 # The structure last made for a packed matrix, and the tensors that it was made for.
+Nested = planes.Packed | cuda.Tiles
 _matrices: WeakKeyDictionary[planes.Packed, tuple[tuple[Tensor | None, ...], Matrix]] = WeakKeyDictionary()
 # Columns unpacked at a time for many rows: some MB, so that they are still in cache when they are multiplied, a few outputs at
 # a time: oneDNN multiplies 512 x 2048 at 205 to 216 GFLOP/s a core where it multiplies 512 x 8192 at 114 to 144.
@@ -210,8 +210,23 @@ def _packed_obstacle(x: Tensor, packed: planes.Packed) -> str:
     return _obstacle(x, ()) or cpu.packed_obstacle(packed)
 
 
-def graded_path(x: Tensor, packed: planes.Packed) -> str:
-    """The path of :func:`graded_linear` with these operands: "cpu-" and the instruction set, or "reference"."""
+def packed_on(packed: Nested, device: torch.device) -> Nested:
+    """The same matrix on ``device``, in the order of bytes that its kernels read."""
+    if packed.scale.device == device:
+        return packed
+    host = cuda.packed_of(packed, "cpu") if isinstance(packed, cuda.Tiles) else packed
+    return cuda.tiles_of(host, device) if device.type == "cuda" else planes.relaid(host, device)
+
+
+def packed_of(packed: Nested, *rules: Tensor | None) -> Any:
+    """A packed matrix with thresholds, center and start for the decode step of the device that holds it."""
+    return cuda.graded.plane_matrix(packed, *rules) if isinstance(packed, cuda.Tiles) else cpu.packed_of(packed, *rules)
+
+
+def graded_path(x: Tensor, packed: Nested) -> str:
+    """The path of :func:`graded_linear` with these operands: "cpu-" and the instruction set, "cuda-", or "reference"."""
+    if isinstance(packed, cuda.Tiles):
+        return "reference" if cuda.graded.graded_obstacle(x, packed) else f"cuda-{cuda.architecture(x.device.index)}"
     return "reference" if _packed_obstacle(x, packed) else f"cpu-{isa()}"
 
 
@@ -229,7 +244,7 @@ def _matrix_for(packed: planes.Packed, *rules: Tensor | None) -> Matrix | None:
 
 def graded_linear(
     x: Tensor,
-    packed: planes.Packed,
+    packed: Nested,
     thresholds: Tensor | None = None,
     center: Tensor | None = None,
     start: Tensor | None = None,
@@ -243,6 +258,8 @@ def graded_linear(
     """
     if x.dim() == 0 or x.shape[-1] != packed.inputs:
         raise ValueError(f"x has shape {tuple(x.shape)}, the packed matrix takes {packed.inputs} features")
+    if isinstance(packed, cuda.Tiles):
+        return cuda.graded.graded_linear(x, packed, thresholds, center, start)
     matrix = None if torch.compiler.is_compiling() else _matrix_for(packed, thresholds, center, start)
     if matrix is not None and not _obstacle(x, ()):
         return cpu.graded_linear(x, matrix)

@@ -147,13 +147,14 @@ def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: i
     return packed
 
 
-def relaid(packed: Packed) -> Packed:
+def relaid(packed: Packed, device: torch.device | None = None) -> Packed:
     """The same matrix in records as :func:`pack` lays them, whatever its storage was (a file's has no room between them)."""
-    mantissa, planes = _rooms(packed.inputs, packed.groups, len(packed.planes), packed.mantissa.device)
+    device = packed.mantissa.device if device is None else device
+    mantissa, planes = _rooms(packed.inputs, packed.groups, len(packed.planes), device)
     mantissa.copy_(packed.mantissa)
     for to, plane in zip(planes, packed.planes, strict=True):
         to.copy_(plane)
-    return Packed(packed.out, mantissa, planes, packed.scale, packed.gain)
+    return Packed(packed.out, mantissa, planes, packed.scale.to(device), packed.gain.to(device))
 
 
 def _rooms(inputs: int, groups: int, levels: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:

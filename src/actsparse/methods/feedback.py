@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from actsparse import kernels
 from actsparse.kernels import planes
 from actsparse.kernels.planes import GROUP, Packed
 from actsparse.methods.rounding import gains_of, round_columns
@@ -76,20 +77,32 @@ def round_with_feedback(
     codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
     for begin in range(0, inputs, _BLOCK):
         end = min(begin + _BLOCK, inputs)
-        errors = torch.empty(end - begin, outputs, device=weight.device)
-        with _one_thread():
-            for i in range(begin, end):
-                column = rest[i]
-                steps = half_range[i].repeat_interleave(GROUP)[:outputs]
-                codes[i], read = _read_value(column, steps, stored, gain, ordered_shares[:, i])
-                torch.div(column - read, upper[i, i], out=errors[i - begin])
-                if i + 1 < end:
-                    rest[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - begin], alpha=-1)
+        block_of = (rest, begin, end, stored, half_range, upper, ordered_shares[1:], gain, codes)
+        native = rest.is_cuda and not kernels.cuda.device_obstacle(rest.device.index)
+        errors = kernels.cuda.round_block(*block_of) if native else _round_block(*block_of)
         if end < inputs:
             rest[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(inputs, device=order.device)
     return planes.pack(codes[back].T, mantissa, scale, gain, stored), rest[back].T
+
+
+def _round_block(
+    rest: torch.Tensor, begin: int, end: int, stored: int, half_range: torch.Tensor, upper: torch.Tensor,
+    shares: torch.Tensor, gain: torch.Tensor, codes: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """As :func:`actsparse.kernels.cuda.round_block`, on any device."""
+    outputs = rest.shape[1]
+    errors = torch.empty(end - begin, outputs, device=rest.device)
+    with _one_thread():
+        for i in range(begin, end):
+            column = rest[i]
+            steps = half_range[i].repeat_interleave(GROUP)[:outputs]
+            codes[i], read = _read_value(column, steps, stored, gain, shares[:, i])
+            torch.div(column - read, upper[i, i], out=errors[i - begin])
+            if i + 1 < end:
+                rest[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - begin], alpha=-1)
+    return errors
 
 
 @contextlib.contextmanager
@@ -110,7 +123,7 @@ def _read_value(
     half = 2 ** (stored - 1)
     code = (column * (half / steps.clamp(min=1e-30)) + half).floor_().clamp_(0, 2 * half - 1)
     read = torch.zeros_like(column)
-    for index, share in enumerate(shares[1:]):
+    for index, share in enumerate(shares):
         level = 2 * index + 2
         value = (code * 2.0 ** (level - stored)).floor_().add_(0.5 - 2 ** (level - 1))
         read += value * (share * gain[index] * 2.0 ** (1 - level))

@@ -104,6 +104,9 @@ class Decoder:
         """Which kernels run, and why, in words."""
         head = self.model.get_output_embeddings()
         if isinstance(head, _PACKED):
+            if head.packed.scale.is_cuda:
+                index = head.packed.scale.device.index
+                return f"cuda-{kernels.cuda.architecture(index)}: packed weights on {torch.cuda.get_device_name(index)}"
             return f"cpu-{kernels.isa()}: packed weights on the CPU, {torch.get_num_threads()} threads"
         with torch.no_grad():
             return kernels.explain(head.weight[:1], head.weight)
@@ -330,13 +333,19 @@ def _cuda_obstacle(model: Any) -> str | None:
     """What the CUDA step cannot read, in words."""
     products = [layer.product(name) for layer in sites.layers_of(model) for name, _ in layer.family.projections]
     products += [model.get_input_embeddings(), model.get_output_embeddings()]
-    if any(isinstance(product, _PACKED) for product in products):
-        return "packed weights have no CUDA kernel"
-    weights = (product.weight for product in products)
+    weights = (product.weight for product in products if not isinstance(product, _PACKED))
     obstacle = kernels.cuda.decoder.decoder_obstacle(_heads(model.config)[2], *weights)
     if obstacle:
         return obstacle
+    for product in products:
+        if isinstance(product, _PACKED) and (obstacle := kernels.cuda.graded.obstacle_of(product.packed)):
+            return obstacle
     for layer in sites.layers_of(model):
+        packed = [isinstance(layer.product(name), _PACKED) for name, _ in layer.family.projections]
+        if any(packed):
+            if not all(packed):
+                return f"layer {layer.index} has packed and plain matrices, the CUDA decode step takes one kind"
+            continue
         gate, up, down = (layer.weight(name) for name in sites.FFN_PROJECTIONS)
         rules = layer.ffn.rules() if isinstance(layer.ffn, SparseFFN) else kernels.Rules(sites.activation_of(model))
         obstacle = kernels.cuda.ffn_obstacle(up[:1], gate, up, down, rules)

@@ -5,10 +5,13 @@ Shape letters: B batch, T tokens, I input features, O output features, L levels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from actsparse import kernels
-from actsparse.kernels.planes import Packed
+from actsparse.kernels import Nested
 from actsparse.runtime.layers import SparseModule
 
 
@@ -30,7 +33,7 @@ class GradedLinear(SparseModule):
 
     def __init__(
         self,
-        packed: Packed,
+        packed: Nested,
         site: str,
         level_threshold: torch.Tensor,
         center: torch.Tensor,
@@ -43,7 +46,12 @@ class GradedLinear(SparseModule):
         self.packed = packed
         self.in_features, self.out_features = packed.inputs, packed.out
 
-    def matrix(self) -> kernels.Matrix:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GradedLinear:
+        super()._apply(fn, recurse)
+        self.packed = kernels.packed_on(self.packed, self.start.device)
+        return self
+
+    def matrix(self) -> Any:
         """What the native decode step is told of it."""
         return kernels.packed_of(self.packed, self.level_threshold, self.center, self.start)
 

@@ -17,7 +17,7 @@ Shape letters: I inputs, O outputs, G groups of 64 outputs, S bits stored, L = S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,19 @@ class PackedLinear(nn.Module):
     center: torch.Tensor
     start: torch.Tensor
 
-    def __init__(self, packed: Packed, center: torch.Tensor, start: torch.Tensor) -> None:
+    def __init__(self, packed: kernels.Nested, center: torch.Tensor, start: torch.Tensor) -> None:
         super().__init__()
         self.packed = packed
         self.register_buffer("center", center, persistent=False)
         self.register_buffer("start", start, persistent=False)
         self.in_features, self.out_features = packed.inputs, packed.out
 
-    def matrix(self) -> kernels.Matrix:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        super()._apply(fn, recurse)
+        self.packed = kernels.packed_on(self.packed, self.start.device)
+        return self
+
+    def matrix(self) -> Any:
         """What the native decode step is told of it."""
         return kernels.packed_of(self.packed, None, self.center, self.start)
 
@@ -69,14 +74,18 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.stored} bits stored"
 
 
-def tensors_of(packed: Packed) -> dict[str, torch.Tensor]:
+def tensors_of(packed: kernels.Nested) -> dict[str, torch.Tensor]:
     """A packed matrix as the tensors that a directory stores."""
+    packed = kernels.cuda.packed_of(packed) if isinstance(packed, kernels.cuda.Tiles) else packed
     codes = torch.cat([packed.mantissa, *packed.planes], 1).contiguous()
     return {"weight": codes, "scale": packed.scale.contiguous(), "gain": packed.gain.contiguous()}
 
 
-def packed_from(codes: torch.Tensor, scale: torch.Tensor, gain: torch.Tensor, out: int) -> Packed:
-    """The matrix of :func:`tensors_of`; ValueError when shapes, types or values are not of the format."""
+def packed_from(codes: torch.Tensor, scale: torch.Tensor, gain: torch.Tensor, out: int) -> kernels.Nested:
+    """The matrix of :func:`tensors_of`, in the order of bytes that the kernels of their device read.
+
+    ValueError when shapes, types or values are not of the format.
+    """
     groups, levels = groups_of(out), gain.numel()
     width = groups + levels * groups * GROUP // 4
     if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] != width:
@@ -84,11 +93,11 @@ def packed_from(codes: torch.Tensor, scale: torch.Tensor, gain: torch.Tensor, ou
     planes = codes[:, groups:].unflatten(1, (levels, groups * GROUP // 4)).unbind(1)
     packed = Packed(out, codes[:, :groups], tuple(planes), scale, gain)
     packed.check()
-    return kernels.planes.relaid(packed)
+    return kernels.cuda.tiles_of(packed) if codes.is_cuda else kernels.planes.relaid(packed)
 
 
-def open_packed(name: str) -> tuple[Any, Plan]:
-    """The model of a packed directory, reading every plane, and its plan.
+def open_packed(name: str, device: torch.device | None = None) -> tuple[Any, Plan]:
+    """The model of a packed directory on ``device`` (the CPU), reading every plane, and its plan.
 
     Raises:
         ModelError: a file is missing or damaged, or tensors do not fit the configuration.
@@ -108,11 +117,13 @@ def open_packed(name: str) -> tuple[Any, Plan]:
     if not isinstance(count, int) or not 0 < count < 100_000:
         raise ModelError(f"{name}/config.json names {str(count)[:24]} shards, expected a number")
     try:
-        rest = _fill(model, _tensors([home / SHARDS.format(number) for number in range(count)]))
+        place = torch.device("cpu") if device is None else device
+        rest = _fill(model, _tensors([home / SHARDS.format(number) for number in range(count)], place))
         _fill_rest(model, rest)
     except ValueError as error:
         raise error if isinstance(error, ModelError) else ModelError(f"{name}: {error}") from None
     opening.materialise_buffers(model)
+    model.to(place)
     sites.set_fingerprint(model, plan.model.fingerprint)
     if (home / "generation_config.json").is_file():
         from transformers import GenerationConfig
@@ -162,13 +173,15 @@ def _opened(path: Path) -> Any:
         raise ModelError(f"{path} is truncated or damaged: {error}") from None
 
 
-def _tensors(files: Iterable[Path]) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each file; those that version 1 called codes are weights."""
+def _tensors(files: Iterable[Path], device: torch.device | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of each file, on ``device``; those that version 1 called codes are weights."""
     for path in files:
         with _opened(path) as file:
             try:
                 yield {
-                    f"{key.removesuffix(_CODES)}.weight" if key.endswith(_CODES) else key: file.get_tensor(key)
+                    f"{key.removesuffix(_CODES)}.weight" if key.endswith(_CODES) else key: file.get_tensor(key).to(
+                        device
+                    )
                     for key in file.keys()  # noqa: SIM118
                 }
             except (SafetensorError, OSError) as error:

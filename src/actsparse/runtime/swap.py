@@ -156,9 +156,7 @@ def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
         return sparsify(opening.open_model(home, dtype, device), plan)
     if dtype != "auto":
         raise ModelError(f"dtype is {dtype}, {name} is packed: expected auto")
-    if opening.device_of(device).type != "cpu":
-        raise ModelError(f"device is {device}, {name} is packed: expected cpu")
-    model, plan = open_packed(home)
+    model, plan = open_packed(home, opening.device_of(device))
     return sparsify(model, plan)
 
 
@@ -237,7 +235,7 @@ def _graded(linear: Any, site: str, plan: Plan) -> GradedLinear:
     threshold = plan.rules[f"{site}.level_threshold"]
     if isinstance(linear, PackedLinear):
         packed, center, start = linear.packed, linear.center, linear.start
-        if len(threshold) != len(packed.planes):
+        if 2 * len(threshold) != packed.stored:
             raise PlanError(f"{site} stores {packed.stored} bits, the plan's thresholds are for {2 * len(threshold)}")
     elif type(linear) is nn.Linear:
         packed, center = _rounded(linear, 2 * len(threshold)), plan.rules[f"{site}.center"].to(linear.weight.device)

@@ -3,12 +3,15 @@
 Nothing here decides whether a call may run natively: that is :mod:`actsparse.kernels`' part.
 """
 
-from . import decoder
+from . import decoder, graded
 from .compiler import DTYPES, CudaError, architecture, device_obstacle, driver_version, missing
 from .launches import ffn_obstacle, layout_obstacle, linear_obstacle
 from .products import gated_ffn, linear
+from .rounding import round_block
+from .tiles import Tiles, packed_of, tiles_of
 
 __all__ = [
-    "DTYPES", "CudaError", "architecture", "decoder", "device_obstacle", "driver_version", "ffn_obstacle", "gated_ffn",
-    "layout_obstacle", "linear", "linear_obstacle", "missing",
+    "DTYPES", "CudaError", "Tiles", "architecture", "decoder", "device_obstacle", "driver_version", "ffn_obstacle",
+    "gated_ffn", "graded", "layout_obstacle", "linear", "linear_obstacle", "missing", "packed_of", "round_block",
+    "tiles_of",
 ]  # fmt: skip

@@ -19,9 +19,17 @@ import torch
 from .launches import Machine, compiled_rows
 from .structures import Launch, address
 
-SOURCES = ("primitives.cuh", "selection.cuh", "products.cuh", "attention.cuh", "depths.cuh", "planes.cuh")
+SOURCES = (
+    "primitives.cuh",
+    "selection.cuh",
+    "products.cuh",
+    "attention.cuh",
+    "depths.cuh",
+    "planes.cuh",
+    "rounding.cuh",
+)
 KERNELS = ("rows", "columns32", "columns64", "columns128", "columns256", "finish", "attention", "embedding", "depths",
-           "planes", "join", "unpack")  # fmt: skip
+           "planes", "join", "unpack", "rounding")  # fmt: skip
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 OLDEST = 80  # compute capability: bfloat16 arithmetic
 _SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..rules import Rules
-from . import compiler
-from .launches import Builder, Machine, Matrix, ffn_obstacle, input_of, layout_obstacle
+from . import compiler, graded
+from .graded import PlaneInput, PlaneMatrix
+from .launches import ACTIVATIONS, Builder, Machine, Matrix, ffn_obstacle, input_of, layout_obstacle
 from .structures import Attention, Embedding, Input, Launch, Parts, pointer, vector
 
 MOST_GROUP = 8  # query heads that one block of the attention kernel serves
@@ -37,9 +38,9 @@ class Norm:
 class FFN:
     """One feed-forward block under its rules."""
 
-    gate: Matrix | None
-    up: Matrix
-    down: Matrix
+    gate: Matrix | PlaneMatrix | None
+    up: Matrix | PlaneMatrix
+    down: Matrix | PlaneMatrix
     rules: Rules
 
 
@@ -49,10 +50,10 @@ class Layer:
 
     input_norm: Norm
     post_norm: Norm
-    q: Matrix
-    k: Matrix
-    v: Matrix
-    o: Matrix
+    q: Matrix | PlaneMatrix
+    k: Matrix | PlaneMatrix
+    v: Matrix | PlaneMatrix
+    o: Matrix | PlaneMatrix
     ffn: FFN
     k_cache: Tensor
     v_cache: Tensor
@@ -79,14 +80,31 @@ def norm_of(weight: Tensor, *, eps: float) -> Norm:
     return Norm(converted, eps)
 
 
-def ffn_of(gate: Tensor | Matrix | None, up: Tensor | Matrix, down: Tensor | Matrix, rules: Rules) -> FFN:
+# Rules that skip rows, columns or neurons: packed matrices have levels instead.
+_SPARSE = (
+    "gate_in_threshold", "up_in_threshold", "gate_threshold", "value_threshold", "mean", "predictor_a", "neurons",
+)  # fmt: skip
+_Weight = Tensor | Matrix | PlaneMatrix
+
+
+def ffn_of(gate: _Weight | None, up: _Weight, down: _Weight, rules: Rules) -> FFN:
     """One block, of weights (whose biases are the rules') or of matrices; ValueError for what does not go together."""
     g, u, d = (
-        weight if weight is None or isinstance(weight, Matrix) else matrix_of(weight, bias)
+        matrix_of(weight, bias) if isinstance(weight, Tensor) else weight
         for weight, bias in ((gate, rules.gate_bias), (up, rules.up_bias), (down, rules.down_bias))
     )
     assert u is not None
     assert d is not None
+    kinds = {type(matrix) for matrix in (g, u, d) if matrix is not None}
+    if PlaneMatrix in kinds:
+        if len(kinds) > 1 or any(getattr(rules, name) is not None for name in _SPARSE):
+            raise ValueError(
+                "a feed-forward block has packed and plain matrices, or rules beside the levels of packed ones"
+            )
+        return FFN(g, u, d, rules)
+    assert isinstance(u, Matrix)
+    assert isinstance(d, Matrix)
+    assert g is None or isinstance(g, Matrix)
     obstacle = ffn_obstacle(u.weight[:1], None if g is None else g.weight, u.weight, d.weight, rules)
     if obstacle:
         raise ValueError(obstacle)
@@ -112,7 +130,7 @@ class Decoder:
         kv_heads: int,
         head_dim: int,
         embedding: Matrix,
-        lm_head: Matrix,
+        lm_head: Matrix | PlaneMatrix,
         final_norm: Norm,
         cosine: Tensor | None,
         sine: Tensor | None,
@@ -235,12 +253,14 @@ class _Step:
         for layer in decoder.layer:
             self._arena.turn()
             self._attention(layer)
-            x = self._normalised(layer.post_norm)
-            ffn = layer.ffn
-            self._pending = self._build.ffn(x, ffn.gate, ffn.up, ffn.down, ffn.rules, None)
+            self._pending = self._ffn(layer)
         self._arena.turn()
-        x = self._normalised(decoder.final_norm)
-        self._build.rows_product(x, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
+        if isinstance(decoder.lm_head, PlaneMatrix):
+            (logits,) = graded.product(self._build, self._joined(decoder.final_norm), [decoder.lm_head])
+            graded.join(self._build, logits, decoder.logits)
+        else:
+            x = self._normalised(decoder.final_norm)
+            self._build.rows_product(x, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
         self.launches = self._build.launches
 
     def _embed(self) -> None:
@@ -263,14 +283,51 @@ class _Step:
         self._pending = None
         return x
 
+    def _joined(self, norm: Norm) -> PlaneInput:
+        """The residual stream with what is pending added, under a norm, for packed matrices."""
+        before, after = self._streams
+        squares = self._build.scratch(graded.blocks_of(self._hidden))
+        graded.join(self._build, self._pending, after, before, squares)
+        self._streams, self._pending = [after, before], None
+        identity = ACTIVATIONS["identity"]
+        return PlaneInput(
+            value=pointer(after), norm=pointer(norm.weight), squares=pointer(squares), splits=1, activation=identity,
+            second_activation=identity, parts=graded.blocks_of(self._hidden), size=self._hidden, eps=norm.eps,
+        )  # fmt: skip
+
+    def _ffn(self, layer: Layer) -> Parts | None:
+        ffn, build = layer.ffn, self._build
+        if isinstance(ffn.up, Matrix):
+            assert isinstance(ffn.down, Matrix)
+            assert ffn.gate is None or isinstance(ffn.gate, Matrix)
+            return build.ffn(self._normalised(layer.post_norm), ffn.gate, ffn.up, ffn.down, ffn.rules, None)
+        first = [matrix for matrix in (ffn.gate, ffn.up) if isinstance(matrix, PlaneMatrix)]
+        results = graded.product(build, self._joined(layer.post_norm), first)
+        value, second = results[0], results[1] if len(results) > 1 else None
+        inner = PlaneInput(
+            value=pointer(value.values), second=pointer(second.values) if second else None, splits=value.splits,
+            second_splits=second.splits if second else 0, activation=ACTIVATIONS[ffn.rules.activation],
+            second_activation=ACTIVATIONS[ffn.rules.up_activation], size=ffn.up.out,
+        )  # fmt: skip
+        assert isinstance(ffn.down, PlaneMatrix)
+        return graded.product(build, inner, [ffn.down], keep=(results,))[0]
+
     def _attention(self, layer: Layer) -> None:
         decoder, build = self._decoder, self._build
-        x = self._normalised(layer.input_norm)
-        sites = {
-            "q": (layer.q, layer.q_threshold), "k": (layer.k, layer.k_threshold), "v": (layer.v, layer.v_threshold),
-        }  # fmt: skip
-        results = self._products(x, sites)
-        q, k, v = (results[name] for name in "qkv")
+        packed = [matrix for matrix in (layer.q, layer.k, layer.v) if isinstance(matrix, PlaneMatrix)]
+        if packed:
+            (side_by_side,) = graded.product(build, self._joined(layer.input_norm), packed, together=True)
+            together = build.scratch(side_by_side.size)
+            graded.join(build, side_by_side, together)
+            sizes = [matrix.out for matrix in packed]
+            q, k, v = (Parts(part, 1, part.numel()) for part in together[: sum(sizes)].split(sizes))
+        else:
+            x = self._normalised(layer.input_norm)
+            sites = {
+                "q": (layer.q, layer.q_threshold), "k": (layer.k, layer.k_threshold), "v": (layer.v, layer.v_threshold),
+            }  # fmt: skip
+            results = self._products(x, sites)
+            q, k, v = (results[name] for name in "qkv")
         y = build.scratch(decoder.heads * decoder.head_dim)
         q_norm, k_norm = layer.q_norm, layer.k_norm
         length = layer.k_cache.shape[1]
@@ -292,9 +349,16 @@ class _Step:
                    (layer, q, k, v, y, self._partial, self._arrived))
         )  # fmt: skip
         attended = Parts(y, 1, decoder.heads * size)
+        if isinstance(layer.o, PlaneMatrix):
+            identity = ACTIVATIONS["identity"]
+            inner = PlaneInput(
+                value=pointer(y), splits=1, activation=identity, second_activation=identity, size=attended.size
+            )
+            self._pending = graded.product(build, inner, [layer.o], keep=(y,))[0]
+            return
         self._pending = self._products(input_of(attended, attended.size), {"o": (layer.o, layer.o_threshold)})["o"]
 
-    def _products(self, x: Input, sites: dict[str, tuple[Matrix, Tensor | None]]) -> dict[str, Parts]:
+    def _products(self, x: Input, sites: dict[str, tuple[Any, Tensor | None]]) -> dict[str, Parts]:
         """Matrices of one input, by columns in one launch and by rows in another."""
         results: dict[str, Parts] = {}
         for name, (matrix, threshold) in sites.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import planes
 from . import compiler
-from .launches import ACTIVATIONS, MAX_BATCH, Builder, Machine, compiled_rows
+from .launches import MAX_BATCH, Builder, Machine
 from .products import Run, machine_of
 from .structures import Finish, Launch, Parts, pointer, vector
 from .tiles import TILE, Tiles, packed_of
@@ -24,6 +24,7 @@ from .tiles import TILE, Tiles, packed_of
 THREADS = 256
 _LOOK = 4 * THREADS  # columns of a split at most: one block lists their entries
 _SHARES = 4
+_RING_BYTES = THREADS // 32 * 5 * 32 * 68  # of each warp: 5 stages of 32 entries
 _LEAST_SLICE = 64  # columns of a block: fewer do not pay for its beginning
 # Unpacked weights that are held at a time, for many rows.
 _SCRATCH_BYTES = 256 << 20
@@ -118,7 +119,10 @@ class Unpack(Structure):
 
 @dataclass(frozen=True, eq=False)
 class PlaneMatrix:
-    """A packed matrix with what decides how deep it is read: thresholds float32 [L, I] (None: every plane), center [I], start [O]."""
+    """A packed matrix with what decides how deep it is read.
+
+    thresholds float32 [L, I] (None: every plane), center [I], start [O].
+    """
 
     tiles: Tiles
     thresholds: Tensor | None
@@ -153,8 +157,10 @@ def plane_matrix(
     return PlaneMatrix(tiles, flat, vector(center, device), vector(start, device))
 
 
-def obstacle_of(tiles: Tiles) -> str:
+def obstacle_of(tiles: object) -> str:
     """Why the kernels cannot take a packed matrix, in words; empty when they can."""
+    if not isinstance(tiles, Tiles):
+        return "a packed matrix lies in the CPU's order"
     if tiles.inputs % 4:
         return f"a packed matrix of {tiles.inputs} inputs, expected a multiple of 4"
     runs = tiles.inputs * len(tiles.gains)
@@ -198,11 +204,14 @@ def product(
     p = Planes(x, jobs, len(matrices), rows, slice_, planes_stored, inverse, room)
     look = 4 * (8 * compiled + 16 + 5 * THREADS * compiled)
     build.launches.append(Launch("depths", (len(matrices), splits), THREADS, look, p, keep))
-    build.launches.append(Launch("planes", (begin, splits), THREADS, 4 * _SHARES * compiled * TILE, p, keep))
+    bytes_ = max(4 * _SHARES * compiled * TILE, _RING_BYTES)
+    build.launches.append(Launch("planes", (begin, splits), THREADS, bytes_, p, keep))
     return results
 
 
-def join(build: Builder, parts: Parts | None, y: Tensor, residual: Tensor | None = None, squares: Tensor | None = None) -> None:
+def join(
+    build: Builder, parts: Parts | None, y: Tensor, residual: Tensor | None = None, squares: Tensor | None = None
+) -> None:
     """y = residual + the sum of the parts (one row); ``squares`` [blocks] gets parts of the sum of y's squares."""
     p = Join(
         pointer(parts.values) if parts else None, pointer(residual), pointer(y), pointer(squares),
@@ -343,9 +352,3 @@ def graded_linear(
         known = plane_matrix(tiles, thresholds, center, start)
         _matrices[tiles] = known
     return linear(x, known)
-
-
-__all__ = [
-    "PlaneInput", "PlaneMatrix", "Tiles", "blocks_of", "compiled_rows", "graded_linear", "graded_obstacle", "join", "linear",
-    "linear_rows", "obstacle_of", "plane_matrix", "product", "unpack", "ACTIVATIONS",
-]  # fmt: skip

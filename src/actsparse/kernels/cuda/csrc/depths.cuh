@@ -27,6 +27,23 @@ AS_DEVICE u32 load_mantissas(const unsigned char* at) {
   return v;
 }
 
+// Copies into shared memory that go on in the background, in groups.
+AS_DEVICE void copy_ahead16(unsigned char* to, const unsigned char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+AS_DEVICE void copy_ahead4(unsigned char* to, const unsigned char* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+AS_DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most LATER groups are under way.
+template <int LATER>
+AS_DEVICE void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
 // The compiler forgets how an address came about, and keeps it.
 AS_DEVICE const unsigned char* settled(const unsigned char* at) {
   asm volatile("" : "+l"(at));

@@ -4,20 +4,34 @@ struct PlaneSums {
   float factors[4];         // row g: the sum of group g's factors
 };
 
-// Four entries of this lane's quarter, 16 of the warp's: half a tile of outputs.
+// 16 of a warp's entries, four to each lane's quarter: half a tile of outputs.
 struct PlaneWords {
   uint2 code[4];
   u32 mantissa[4];
   uint2 factor;
 };
 
-AS_DEVICE void load_words(uint4 run, const unsigned char* codes, const unsigned char* mantissa, u32 inverse, PlaneWords& w) {
+// A warp's ring of stages, filled by copies that run ahead: 32 entries each, 64 bytes of codes and four mantissas of an entry.
+// Entry 4 q + e lies in row 16 (q / 4) + 4 e + q % 4: lanes that read together meet different banks.
+constexpr int STAGES = 5, STAGE = 32, STAGE_BYTES = STAGE * (RUN / 2 + 4);
+
+AS_DEVICE void fill_stage(unsigned char* stage, uint4 run, const unsigned char* codes, const unsigned char* mantissa,
+                          u32 inverse) {
+  const int lane = threadIdx.x & 31, quad = lane >> 2, chunk = lane & 3;
   const u32 runs[4] = {run.x, run.y, run.z, run.w};
+  unsigned char* const to = stage + ((quad >> 2) * 16 + (quad & 3)) * (RUN / 2) + chunk * 16;
 #pragma unroll
-  for (int e = 0; e < 4; ++e) w.code[e] = load_codes(codes + (unsigned long long)runs[e] * RUN);
+  for (int e = 0; e < 4; ++e) copy_ahead16(to + e * 4 * (RUN / 2), codes + (unsigned long long)runs[e] * RUN);
+  const u32 mine = chunk == 0 ? run.x : chunk == 1 ? run.y : chunk == 2 ? run.z : run.w;
+  copy_ahead4(stage + STAGE * (RUN / 2) + lane * 4, mantissa + (unsigned long long)high_product(mine, inverse) * 8);
+}
+
+AS_DEVICE void take_words(const unsigned char* stage, int step, int r, int t, PlaneWords& w) {
+  const unsigned char* const from = stage + (step * 16 + t) * (RUN / 2) + r * 8;
 #pragma unroll
-  for (int e = 0; e < 4; ++e)
-    w.mantissa[e] = load_mantissas(mantissa + (unsigned long long)high_product(runs[e], inverse) * 8);
+  for (int e = 0; e < 4; ++e) w.code[e] = *reinterpret_cast<const uint2*>(from + e * 4 * (RUN / 2));
+  const uint4 four = *reinterpret_cast<const uint4*>(stage + STAGE * (RUN / 2) + (step * 4 + t) * 16);
+  w.mantissa[0] = four.x, w.mantissa[1] = four.y, w.mantissa[2] = four.z, w.mantissa[3] = four.w;
 }
 
 AS_DEVICE void multiply_words(const PlaneWords& w, PlaneSums& sums) {
@@ -59,8 +73,9 @@ AS_KERNEL(256, 2) planes_kernel(AS_PARAMETER Planes p) {
   const PlaneJob& job = plane_job_of(p, blockIdx.x);
   const int tile = blockIdx.x - job.begin, size = p.input.size, split = blockIdx.y;
   let_next_start();
+  // Copies read 16 bytes a lane.
   const unsigned char* const codes =
-      settled(job.codes + (i64)tile * size * p.planes * RUN + half * (RUN / 2) + r * 8);
+      settled(job.codes + (i64)tile * size * p.planes * RUN + half * (RUN / 2) + (lane & 3) * 16);
   const unsigned char* const mantissa = settled(job.mantissa + (i64)tile * size * 8 + half * 4);
   const u32* const run = job.run + (i64)split * p.room;
   const u16* const factor = job.factor + ((i64)split * B + (r < B ? r : 0)) * p.room;
@@ -73,25 +88,45 @@ AS_KERNEL(256, 2) planes_kernel(AS_PARAMETER Planes p) {
   wait_for_previous();
   const int fours = job.count[split] >> 2, from = fours * share / SHARES, to = fours * (share + 1) / SHARES;
   if (used && from < to) {
-    // Lists are read two steps ahead, codes one.  Lanes beyond the end read the last four again, with factors of zero.
-    auto place = [&](int at) { return at + t < to ? at + t : to - 1; };
-    uint4 ahead = *reinterpret_cast<const uint4*>(run + 4 * place(from));
-    PlaneWords words;
-    load_words(ahead, codes, mantissa, p.inverse, words);
-    words.factor = *reinterpret_cast<const uint2*>(factor + 4 * place(from));
-    ahead = *reinterpret_cast<const uint4*>(run + 4 * place(from + 4));
-    for (int at = from; at < to; at += 4) {
-      PlaneWords next;
-      if (at + 4 < to) {
-        load_words(ahead, codes, mantissa, p.inverse, next);
-        next.factor = *reinterpret_cast<const uint2*>(factor + 4 * place(at + 4));
-        ahead = *reinterpret_cast<const uint4*>(run + 4 * place(at + 8));
+    unsigned char* const ring = reinterpret_cast<unsigned char*>(shared) + warp * STAGES * STAGE_BYTES;
+    // Lanes beyond the end take the last four again, with factors of zero.
+    auto place = [&](int at) { return at < to ? 4 * at : 4 * (to - 1); };
+    auto fill = [&](int at, uint4 runs) {
+      if (at < to) fill_stage(ring + (at - from) / 8 % STAGES * STAGE_BYTES, runs, codes, mantissa, p.inverse);
+      end_copies();
+    };
+    auto runs_at = [&](int at) { return *reinterpret_cast<const uint4*>(run + place(at + (lane >> 2))); };
+    auto factors_at = [&](int at) { return *reinterpret_cast<const uint2*>(factor + place(at + t)); };
+    uint4 ahead = runs_at(from);
+#pragma unroll 1
+    for (int stage = 0; stage < STAGES - 1; ++stage) {
+      const uint4 now = ahead;
+      ahead = runs_at(from + 8 * (stage + 1));
+      fill(from + 8 * stage, now);
+    }
+    uint2 factors[2] = {factors_at(from), factors_at(from + 4)};
+#pragma unroll 1
+    for (int at = from; at < to; at += 8) {
+      fill(at + 8 * (STAGES - 1), ahead);
+      ahead = runs_at(at + 8 * STAGES);
+      const uint2 now[2] = {factors[0], factors[1]};
+      factors[0] = factors_at(at + 8), factors[1] = factors_at(at + 12);
+      await_copies<STAGES - 1>();
+      __syncwarp();
+      const unsigned char* const stage = ring + (at - from) / 8 % STAGES * STAGE_BYTES;
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        if (at + 4 * step >= to) break;
+        PlaneWords words;
+        take_words(stage, step, r, t, words);
+        const bool inside = at + 4 * step + t < to;
+        words.factor.x = inside ? now[step].x : 0u, words.factor.y = inside ? now[step].y : 0u;
+        multiply_words(words, sums);
       }
-      if (at + t >= to) words.factor.x = words.factor.y = 0;
-      multiply_words(words, sums);
-      words = next;
+      __syncwarp();
     }
   }
+  __syncthreads();
   float* const results = shared;  // [share, B, 512]
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
