@@ -182,7 +182,7 @@ struct Vec8;
 AS_DEVICE Vec8 load_weights(const uint16_t* at);
 AS_DEVICE void let_next_start() {}
 AS_DEVICE void wait_for_previous() {}
-AS_DEVICE void prefetch(const uint16_t*, uint32_t bytes) {
+AS_DEVICE void prefetch(const void*, uint32_t bytes) {
   if (bytes % 16) __builtin_trap();
 }
 

@@ -23,8 +23,9 @@ from .tiles import TILE, Tiles, packed_of
 
 THREADS = 256
 _LOOK = 4 * THREADS  # columns of a split at most: one block lists their entries
-_SHARES = 4
-_RING_BYTES = THREADS // 32 * 5 * 32 * 68  # of each warp: 5 stages of 32 entries
+_SHARES = 3
+_PRODUCT_THREADS = 64 * _SHARES
+_RING_BYTES = _PRODUCT_THREADS // 32 * 5 * 32 * 68  # of each warp: 5 stages of 32 entries
 _LEAST_SLICE = 64  # columns of a block: fewer do not pay for its beginning
 # Unpacked weights that are held at a time, for many rows.
 _SCRATCH_BYTES = 256 << 20
@@ -205,7 +206,7 @@ def product(
     look = 4 * (8 * compiled + 16 + 5 * THREADS * compiled)
     build.launches.append(Launch("depths", (len(matrices), splits), THREADS, look, p, keep))
     bytes_ = max(4 * _SHARES * compiled * TILE, _RING_BYTES)
-    build.launches.append(Launch("planes", (begin, splits), THREADS, bytes_, p, keep))
+    build.launches.append(Launch("planes", (begin, splits), _PRODUCT_THREADS, bytes_, p, keep))
     return results
 
 
@@ -259,9 +260,9 @@ def unpack(
         tiles.codes[number].data_ptr(), tiles.mantissa[number].data_ptr(), pointer(tiles.scale), w.data_ptr(), columns,
         out, len(tiles.gains), read, tiles.inputs, begin, tiles.gains[read - 1],
     )  # fmt: skip
-    grid = (-(-columns * 16 // 256), -(-out // TILE))
+    grid = (-(-columns // 16), -(-out // TILE))
     if columns and out:
-        run([Launch("unpack", grid, 256, 0, p, (tiles, w))], w.device, dtype, 1)
+        run([Launch("unpack", grid, 256, 16 * (TILE + 8) * 2, p, (tiles, w))], w.device, dtype, 1)
     return w
 
 

@@ -10,7 +10,7 @@
 // power of two at the end.  The sixteen rows of a tensor core's product are outputs, its depth entries, its columns rows of x,
 // so that eight rows cost what one does.  Factors x mantissa are halves relative to the block's largest; sums are float32, in
 // a fixed order.
-constexpr int RUN = 128, PLANE_TILE = 512, SHARES = 4, LOOK = 1024, MOST_PLANES = 4;
+constexpr int RUN = 128, PLANE_TILE = 512, SHARES = 3, LOOK = 1024, MOST_PLANES = 4;
 
 #ifndef ACTSPARSE_EMULATE
 AS_DEVICE u32 as_bits(float v) { return __float_as_uint(v); }

@@ -1,7 +1,7 @@
 // The product with packed columns, on the lists of depths.cuh; its prologue and what unpacks.
 struct PlaneSums {
   float of[4][4][4];        // [group][two of the word's eight codes][row r: x, x; row r + 8: x, x]
-  float factors[4];         // row g: the sum of group g's factors
+  float factors[4][4];      // [group], every row: the sum of its factors
 };
 
 // 16 of a warp's entries, four to each lane's quarter: half a tile of outputs.
@@ -36,7 +36,6 @@ AS_DEVICE void take_words(const unsigned char* stage, int step, int r, int t, Pl
 
 AS_DEVICE void multiply_words(const PlaneWords& w, PlaneSums& sums) {
   constexpr u32 ONES = 0x3c003c00u;
-  const int r = (threadIdx.x & 31) >> 2;
   const u32 factor[2] = {w.factor.x, w.factor.y};
   u32 shifted[2], mixed[2][2];
 #pragma unroll
@@ -56,8 +55,8 @@ AS_DEVICE void multiply_words(const PlaneWords& w, PlaneSums& sums) {
       // Mantissas as halves: 1024 + m is 0x6400 | m.
       b[q] = half2_fma(select_bytes(mixed[q][g >> 1], 0x64646464u, g & 1 ? 0x4342u : 0x4140u), factor[q], shifted[q]);
     }
-    const u32 here = r == g ? ONES : 0u, x = word[0], y = word[1], high_x = x >> 10, high_y = y >> 10;
-    multiply_tile(sums.factors, here, 0u, here, 0u, b[0], b[1]);
+    const u32 x = word[0], y = word[1], high_x = x >> 10, high_y = y >> 10;
+    multiply_tile(sums.factors[g], ONES, ONES, ONES, ONES, b[0], b[1]);
     multiply_tile(sums.of[g][0], x & 0x00030003u, x & 0x000c000cu, y & 0x00030003u, y & 0x000c000cu, b[0], b[1]);
     multiply_tile(sums.of[g][1], x & 0x00300030u, x & 0x00c000c0u, y & 0x00300030u, y & 0x00c000c0u, b[0], b[1]);
     multiply_tile(sums.of[g][2], x & 0x03000300u, high_x & 0x00030003u, y & 0x03000300u, high_y & 0x00030003u, b[0], b[1]);
@@ -66,8 +65,8 @@ AS_DEVICE void multiply_words(const PlaneWords& w, PlaneSums& sums) {
   }
 }
 
-// blockIdx.x is a tile, blockIdx.y a split of the columns.  Two of a block's eight warps share a tile, four its entries.
-AS_KERNEL(256, 2) planes_kernel(AS_PARAMETER Planes p) {
+// blockIdx.x is a tile, blockIdx.y a split of the columns.  Two of a block's six warps share a tile, three its entries.
+AS_KERNEL(192, 2) planes_kernel(AS_PARAMETER Planes p) {
   AS_SHARED;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = warp & 1, share = warp >> 1, r = lane >> 2, t = lane & 3;
   const PlaneJob& job = plane_job_of(p, blockIdx.x);
@@ -82,9 +81,14 @@ AS_KERNEL(256, 2) planes_kernel(AS_PARAMETER Planes p) {
   const bool used = tile * PLANE_TILE + half * (PLANE_TILE / 2) < job.out;
   PlaneSums sums;
 #pragma unroll
-  for (int e = 0; e < 4; ++e) sums.factors[e] = 0.0f;
+  for (int e = 0; e < 16; ++e) sums.factors[e / 4][e % 4] = 0.0f;
 #pragma unroll
   for (int e = 0; e < 64; ++e) sums.of[e / 16][e / 4 % 4][e % 4] = 0.0f;
+  // While kernels before this one run, the memory is idle: most columns' first plane will be needed.
+  const int first = split * p.slice, columns = first + p.slice < size ? p.slice : size - first;
+  const i64 record = (i64)tile * size + first;
+  for (int c = threadIdx.x; c < columns; c += blockDim.x) prefetch(job.codes + (record + c) * p.planes * RUN, RUN);
+  if (threadIdx.x == 0) prefetch(job.mantissa + record * 8, (u32)columns * 8);
   wait_for_previous();
   const int fours = job.count[split] >> 2, from = fours * share / SHARES, to = fours * (share + 1) / SHARES;
   if (used && from < to) {
@@ -130,7 +134,6 @@ AS_KERNEL(256, 2) planes_kernel(AS_PARAMETER Planes p) {
   float* const results = shared;  // [share, B, 512]
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
-    const float low = __shfl_sync(0xffffffffu, sums.factors[0], 4 * g + t), high = __shfl_sync(0xffffffffu, sums.factors[1], 4 * g + t);
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
       // Code j of a word stands at bit 2 j, or 2 (j - 5) after the shift.
@@ -138,7 +141,7 @@ AS_KERNEL(256, 2) planes_kernel(AS_PARAMETER Planes p) {
       const float power = 16777216.0f / (float)(1 << 2 * (j < 5 ? j : j - 5));
       if (b < B)
         results[(share * B + b) * PLANE_TILE + half * 256 + g * 64 + 16 * (j & 3) + 2 * r + (j >> 2)] =
-            sums.of[g][e / 4][e % 4] * power - 1.5f * (e & 1 ? high : low);
+            sums.of[g][e / 4][e % 4] * power - 1.5f * sums.factors[g][e & 1];
     }
   }
   __syncthreads();
@@ -197,45 +200,57 @@ struct Unpack {             // W [I, O] read to so many planes, in 16 bits
   float gain;
 };
 
-// A thread for each (column, half tile, r); blockIdx.y is a tile.
+// A block has 16 columns of a tile, blockIdx.y; a thread one column, half and r.
 AS_KERNEL(256, 4) unpack_kernel(AS_PARAMETER Unpack p) {
-  const i64 number = (i64)blockIdx.x * blockDim.x + threadIdx.x, column = number >> 4;
-  const int r = number & 7, half = number >> 3 & 1, tile = blockIdx.y;
-  const int first = tile * PLANE_TILE + half * (PLANE_TILE / 2);
-  if (column >= p.columns || first >= p.out) return;
-  const i64 from = (i64)tile * p.inputs + p.begin + column;
-  const unsigned char* const codes = p.codes + from * p.planes * RUN + half * (RUN / 2) + r * 8;
-  uint2 word[MOST_PLANES];
+  AS_SHARED;
+  constexpr int ROOM = PLANE_TILE + 8;
+  const int r = threadIdx.x & 7, half = threadIdx.x >> 3 & 1, own = threadIdx.x >> 4, tile = blockIdx.y;
+  const int first = tile * PLANE_TILE, outputs = p.out - first < PLANE_TILE ? p.out - first : PLANE_TILE;
+  const i64 begin = (i64)blockIdx.x * 16;
+  u16* const values = reinterpret_cast<u16*>(shared);  // [16, ROOM]
+  if (begin + own < p.columns) {
+    const i64 from = (i64)tile * p.inputs + p.begin + begin + own;
+    const unsigned char* const codes = p.codes + from * p.planes * RUN + half * (RUN / 2) + r * 8;
+    uint2 word[MOST_PLANES];
 #pragma unroll
-  for (int k = 0; k < MOST_PLANES; ++k)
-    if (k < p.read) word[k] = load_codes(codes + k * RUN);
-  const u32 mantissas = load_mantissas(p.mantissa + from * 8 + half * 4);
-  const float base = as_float((u32)p.scale[p.begin + column] << 16) * p.gain / 255.0f;
-  u16* const to = p.w + column * p.out + first;
+    for (int q = 0; q < MOST_PLANES; ++q)
+      if (q < p.read) word[q] = load_codes(codes + q * RUN);
+    const u32 mantissas = load_mantissas(p.mantissa + from * 8 + half * 4);
+    const float base = as_float((u32)p.scale[p.begin + begin + own] << 16) * p.gain / 255.0f;
+    const float step = 1.0f / (float)(1 << (2 * p.read - 1)), low = 0.5f * step - 1.0f;
+    u32* const to = reinterpret_cast<u32*>(values + own * ROOM + half * (PLANE_TILE / 2)) + r;
 #pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    const float step = base * (float)(mantissas >> 8 * g & 255u);
+    for (int k = 0; k < 4; ++k)
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      u16 pair[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float sum = 0.0f, power = 0.5f;
+      for (int two = 0; two < 2; ++two) {  // a word has two groups, and of each two outputs with the same k
+        u32 code = 0;
 #pragma unroll
         for (int q = 0; q < MOST_PLANES; ++q)
-          if (q < p.read) {
-            const u32 code = (g < 2 ? word[q].x : word[q].y) >> (16 * (g & 1) + 8 * h + 2 * k) & 3u;
-            sum += power * ((float)code - 1.5f);
-            power *= 0.25f;
-          }
-        pair[h] = narrow(step * sum);
+          if (q < p.read) code = code << 2 | ((two ? word[q].y : word[q].x) >> 2 * k & 0x03030303u);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float size = base * (float)(mantissas >> 8 * (2 * two + e) & 255u);
+          const u32 here = code >> 16 * e;
+          to[((2 * two + e) * 64 + 16 * k) / 2] =
+              (u32)narrow(size * ((float)(here & 255u) * step + low)) |
+              (u32)narrow(size * ((float)(here >> 8 & 255u) * step + low)) << 16;
+        }
       }
-      const int output = g * 64 + 16 * k + 2 * r;
-      if (first + output + 1 < p.out && p.out % 2 == 0)
-        *reinterpret_cast<u32*>(to + output) = (u32)pair[0] | (u32)pair[1] << 16;
-      else
-        for (int h = 0; h < 2; ++h)
-          if (first + output + h < p.out) to[output + h] = pair[h];
+  }
+  __syncthreads();
+  const int columns = p.columns - begin < 16 ? (int)(p.columns - begin) : 16;
+  u16* const w = p.w + begin * p.out + first;
+  if (p.out % 8 == 0) {
+    const int pieces = outputs / 8;
+    for (int at = threadIdx.x; at < columns * pieces; at += blockDim.x) {
+      const int column = at / pieces, piece = at - column * pieces;
+      *reinterpret_cast<uint4*>(w + (i64)column * p.out + 8 * piece) =
+          *reinterpret_cast<const uint4*>(values + column * ROOM + 8 * piece);
+    }
+  } else {
+    for (int at = threadIdx.x; at < columns * outputs; at += blockDim.x) {
+      const int column = at / outputs, output = at - column * outputs;
+      w[(i64)column * p.out + output] = values[column * ROOM + output];
     }
   }
 }

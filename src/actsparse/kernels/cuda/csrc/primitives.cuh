@@ -59,7 +59,7 @@ AS_DEVICE void wait_for_previous() {
 }
 
 // Brings whole rows of weights into L2 before their turn; bytes a multiple of 16.
-AS_DEVICE void prefetch(const u16* at, u32 bytes) {
+AS_DEVICE void prefetch(const void* at, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
 #endif
