@@ -212,7 +212,7 @@ def _packed_obstacle(x: Tensor, packed: planes.Packed) -> str:
 
 def packed_on(packed: Nested, device: torch.device) -> Nested:
     """The same matrix on ``device``, in the order of bytes that its kernels read."""
-    if packed.scale.device == device:
+    if packed.scale.device == device and isinstance(packed, cuda.Tiles) == (device.type == "cuda"):
         return packed
     host = cuda.packed_of(packed, "cpu") if isinstance(packed, cuda.Tiles) else packed
     return cuda.tiles_of(host, device) if device.type == "cuda" else planes.relaid(host, device)

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from actsparse import kernels
-from actsparse.kernels.planes import Packed
 from actsparse.methods import prompt_rule
 from actsparse.methods.rounding import round_nearest
 from actsparse.models import directory, opening, sites
@@ -250,14 +249,15 @@ def _note_tokens(plain: SparsePlainFFN, layer: nn.Module, args: tuple[Any, ...],
     plain.note_tokens(sites.hidden_of(args, kwargs).shape[-2])
 
 
-def _rounded(linear: nn.Linear, stored: int) -> Packed:
+def _rounded(linear: nn.Linear, stored: int) -> kernels.Nested:
     """The layer's weight as codes, made once: plans of several budgets share them."""
     key = (stored, linear.weight.data_ptr(), linear.weight._version)
     known = linear.__dict__.get(_ROUNDED)
     if known is None or known[0] != key:
-        known = key, round_nearest(linear.weight.detach(), stored)
+        rounded = round_nearest(linear.weight.detach(), stored)
+        known = key, kernels.packed_on(rounded, linear.weight.device)
         linear.__dict__[_ROUNDED] = known
-    packed: Packed = known[1]
+    packed: kernels.Nested = known[1]
     return packed
 
 

@@ -58,9 +58,8 @@ class Tiles(Nested):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the matrix takes on the GPU."""
-        parts = (self.codes, self.mantissa, self.scale, self.gain)
-        return sum(part.numel() * part.element_size() for part in parts)
+        """Bytes of the whole matrix in the format: what fills tiles up is not counted."""
+        return self.inputs * sum(self.level_bytes) + 4 * len(self.gains)
 
     @property
     def storages(self) -> tuple[Tensor, ...]:
