@@ -83,8 +83,17 @@ def test_tiles_hold_the_same_matrix(stored: int) -> None:
     assert torch.equal(packed.scale, back.scale)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize(("stored", "dtype"), [(4, torch.float16), (6, torch.bfloat16), (8, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("stored", "dtype", "rows"),
+    [
+        (4, torch.float16, 1),
+        (6, torch.bfloat16, 1),
+        (6, torch.bfloat16, 3),
+        (8, torch.bfloat16, 8),
+        (8, torch.bfloat16, 1),
+        (4, torch.float16, 8),
+    ],
+)
 def test_columns_are_read_as_deep_as_they_deserve(
     where: dict[str, Any], stored: int, dtype: torch.dtype, rows: int
 ) -> None:

@@ -27,6 +27,7 @@ from actsparse.models import caches, sites
 from actsparse.models.sites import ModelError
 from actsparse.plan import Plan
 from actsparse.runtime.decode import Decoder
+from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import Meter
 from actsparse.runtime.prompts import read
 from actsparse.runtime.swap import attach_meter, prompts_of, restore, sparsify
@@ -207,10 +208,7 @@ class GpuRun:
             for handle in handles:
                 handle.remove()
             for name, module, x, got in seen:
-                bias = None if module.bias is None else module.bias.float()
-                want = kernels.reference.linear(
-                    x.float(), module.weight.float(), bias, getattr(module, "threshold", None)
-                )
+                want = _oracle(module, x.float())
                 error = float((got.float() - want).norm() / want.norm())
                 if not error <= self._tolerance(model.dtype, 1, sparse=sparse):
                     raise ModelError(f"{name} differs from the oracle: relative error {error:.3g}; not timed")
@@ -306,6 +304,16 @@ class GpuRun:
             row.ffn_sparsity = sparsity
             found.append((row, _graph(call, self._model.device)))
         return found
+
+
+def _oracle(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer of any kind gives in float32, by the oracle of its kind."""
+    if isinstance(module, GradedLinear):
+        packed = module.packed
+        packed = kernels.cuda.packed_of(packed) if isinstance(packed, kernels.cuda.Tiles) else packed
+        return kernels.planes.linear(x, packed, module.level_threshold, module.center, module.start)
+    bias = None if module.bias is None else module.bias.float()
+    return kernels.reference.linear(x, module.weight.float(), bias, getattr(module, "threshold", None))
 
 
 def _random_int4(matrix: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
