@@ -29,6 +29,7 @@ from actsparse.plan import Plan
 from actsparse.runtime.decode import Decoder
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import Meter
+from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.prompts import read
 from actsparse.runtime.swap import attach_meter, prompts_of, restore, sparsify
 
@@ -69,7 +70,9 @@ class GpuRun:
         self._compiled: Callable[..., Any] | None = None
 
     def measure(self) -> Report:
-        """All rows."""
+        """All rows; ModelError for a packed model, which has no dense weights to compare with."""
+        if any(isinstance(module, GradedLinear | PackedLinear) for module in self._model.modules()):
+            raise ModelError("bench on a GPU got packed weights, expected the dense model (and --method graded)")
         weights = str(self._model.dtype).removeprefix("torch.")
         size = weights_read(self._model).bytes
         eager = Row("hf-eager", "transformers", weights, weights_read_bytes=size)
