@@ -12,7 +12,7 @@ import actsparse
 from actsparse.models.sites import ModelError
 from actsparse.runtime.batch import Batch
 from actsparse.runtime.decode import Decoder
-from actsparse.runtime.swap import sparsify
+from actsparse.runtime.swap import sparsify, without_rules
 
 from .test_decode import CONFIGS, VOCABULARY, random_model, random_plan, tokens_of
 
@@ -93,10 +93,32 @@ def test_packed_weights_and_what_they_read(tiny: Callable[..., Any], tokenizer: 
         model, tokenizer, str(text_file), method="graded", sparsity=1 - 3 / 16, tokens=512, window=64
     )
     sparsify(model, plan)
-    batch = check(model)
-    stats = batch.stats()
-    assert len(stats) == 3
-    assert all(0 < 8 * each["bytes"] / each["packed_weights"] < 9 for each in stats)
+    check(model)
+    with without_rules(model):
+        whole = Batch(model, 8, 1)
+        first = whole.prefill(0, tokens_of(4))
+    batch = Batch(model, 8, 1)
+    assert not torch.equal(batch.prefill(0, tokens_of(4)), first)
+    for each in (whole, batch):
+        each.step({0: 5})
+    weights = 48 * 48 * 2 + 48 * 16 * 2 + 48 * 132 * 3
+    bits = [[8 * count / weights for count in each.bytes_read()[:2]] for each in (whole, batch)]
+    # Six bits in rows padded to whole groups of 64, and mantissas and scales.
+    assert all(6 < every < 12 and read < 0.9 * every for every, read in zip(*bits, strict=True))
+
+
+def test_rules_set_aside_leave_the_dense_model() -> None:
+    model = random_model("llama")
+    tokens = tokens_of(12)
+    expected = alone(model, tokens, 1)
+    sparsify(model, random_plan(model))
+    with without_rules(model):
+        decoder = Decoder(model, 12)
+        decoder.prefill(tokens[:1])
+    sparse = alone(model, tokens, 1)
+    found = torch.stack([decoder.step(int(token)) for token in tokens[1:]])
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, sparse, atol=1e-2)
 
 
 def test_a_step_reads_weights_once_for_all() -> None:
@@ -107,7 +129,7 @@ def test_a_step_reads_weights_once_for_all() -> None:
         three.prefill(slot, tokens_of(4, slot))
     one.step({0: 5})
     three.step({0: 5, 1: 6, 2: 7})
-    assert [each["bytes"] for each in three.stats()] == [each["bytes"] for each in one.stats()]
+    assert three.bytes_read() == one.bytes_read()
 
 
 def test_wrong_use_is_refused() -> None:

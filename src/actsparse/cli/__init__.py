@@ -17,6 +17,7 @@ VERBS = {
     "ppl": "perplexity dense and sparse on the same tokens, with the weights read",
     "generate": "continue a prompt, dense or sparse",
     "chat": "talk to a model, dense or sparse",
+    "serve": "answer over HTTP as OpenAI's API does, up to 8 sequences decoded together, with a page to chat on",
     "eval": "tasks of lm-evaluation-harness, dense and sparse",
     "compare": "many methods under one protocol: table, plots and an HTML page",
     "report": "make a comparison's table, plots and page anew",

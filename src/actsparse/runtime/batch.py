@@ -103,9 +103,9 @@ class Batch:
             decoder.position += 1
         return logits
 
-    def stats(self) -> list[dict[str, int]]:
-        """Work done by :meth:`step` so far, of each layer and last of the output head; see :meth:`kernels.cpu.Stats.counts`.
+    def bytes_read(self) -> list[int]:
+        """Weight bytes that :meth:`step` read so far, of each layer and last of the output head.
 
         What a step reads for several sequences counts once.
         """
-        return [each.counts() for each in self._stats]
+        return [each.bytes for each in self._stats]

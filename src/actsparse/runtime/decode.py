@@ -281,7 +281,7 @@ def _layer(backend: Any, layer: LayerSites, model: Any, keys: torch.Tensor, valu
     paths, family = dict(layer.family.projections), layer.family
     attention: dict[str, Any] = {name: layer.module.get_submodule(paths[name]) for name in sites.ATTENTION_PROJECTIONS}
     thresholds: dict[str, Any] = {
-        f"{name}_threshold": module.threshold if isinstance(module, SparseLinear) else None
+        f"{name}_threshold": module.threshold if isinstance(module, SparseLinear) and module.scope != "none" else None
         for name, module in attention.items()
     }
     ffn = layer.ffn

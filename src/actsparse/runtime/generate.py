@@ -190,7 +190,7 @@ class Session:
         prefill = len(tokens) - len(self._engine.tokens)
         result = Generation(path=self.path, prompt_tokens=len(tokens), prefill_tokens=prefill)
         streamer = _Streamer(self._tokenizer, stream)
-        ends = _end_tokens(self._model, self._tokenizer) if stop_at_eos else frozenset()
+        ends = end_tokens(self._model, self._tokenizer) if stop_at_eos else frozenset()
         with seeded(sampling.seed):
             try:
                 self._engine.run(tokens, sampling, min(max_new_tokens, room), ends, streamer, result)
@@ -377,7 +377,7 @@ def _common(first: list[int], second: list[int]) -> int:
     return count
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """The end-of-text tokens of the model's generation settings, or else of its tokenizer."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:

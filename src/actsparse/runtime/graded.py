@@ -52,8 +52,9 @@ class GradedLinear(SparseModule):
         return self
 
     def matrix(self) -> Any:
-        """What the native decode step is told of it."""
-        return kernels.packed_of(self.packed, self.level_threshold, self.center, self.start)
+        """What the native decode step is told of it; every plane is read while the rules are set aside."""
+        threshold = None if self.scope == "none" else self.level_threshold
+        return kernels.packed_of(self.packed, threshold, self.center, self.start)
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         return kernels.graded_linear(x, self.packed, None, self.center, self.start)

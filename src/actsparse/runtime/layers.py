@@ -41,8 +41,10 @@ class Meter:
 def first_sparse(scope: str, tokens: int) -> int:
     """Index of the first token of a forward over ``tokens`` tokens that ``scope`` sparsifies (``tokens`` for none).
 
-    One token alone is a decode step.
+    One token alone is a decode step.  ``none`` is no plan's scope: it stands while rules are set aside.
     """
+    if scope == "none":
+        return tokens
     if scope == "all" or tokens == 1:
         return 0
     return tokens if scope == "decode" else tokens // 2
@@ -196,14 +198,15 @@ class SparseFFN(SparseModule):
                 setattr(self, name, matrix.to(self.projection("up").weight.dtype))
 
     def rules(self) -> kernels.Rules:
-        """What the FFN kernel is told."""
+        """What the FFN kernel is told; without the rules themselves while those are set aside."""
+        obeyed = self.scope != "none"
         return kernels.Rules(
             activation=self.activation,
             up_activation=self.up_activation,
             gate_bias=self.projection("gate").bias if self.gated else None,
             up_bias=self.projection("up").bias,
             down_bias=self.projection("down").bias,
-            **{argument: getattr(self, argument) for argument in FFN_RULES},
+            **{argument: getattr(self, argument) for argument in FFN_RULES if obeyed},
         )
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:

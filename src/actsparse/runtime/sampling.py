@@ -61,10 +61,17 @@ class seeded:
             torch.set_rng_state(self._before)
 
 
-def choose(logits: torch.Tensor, tokens: list[int], warpers: LogitsProcessorList, *, greedy: bool) -> int:
-    """The next token after ``tokens``; ModelError where the logits are not finite."""
+def choose(
+    logits: torch.Tensor,
+    tokens: list[int],
+    warpers: LogitsProcessorList,
+    *,
+    greedy: bool,
+    generator: torch.Generator | None = None,
+) -> int:
+    """The next token after ``tokens``, drawn from ``generator`` (None: torch's); ModelError where the logits are not finite."""
     check_logits(logits)
     if greedy:
         return int(logits.argmax())
     scores = warpers(torch.tensor([tokens]), logits[None].cpu())
-    return int(torch.multinomial(scores.softmax(dim=-1), 1))
+    return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=generator))

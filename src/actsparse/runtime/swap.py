@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -168,6 +170,24 @@ def prompts_of(model: Any) -> Prompts | None:
     """The sessions of a model whose neurons are chosen per prompt, None for any other."""
     state = state_of(model)
     return state.prompts if state else None
+
+
+@contextmanager
+def without_rules(model: Any) -> Iterator[None]:
+    """Let the modules of ``model`` compute densely inside the block, and decoders made there too (packed weights: every plane).
+
+    Not for neurons that are chosen per prompt.
+    """
+    state = state_of(model)
+    modules = state.modules if state else []
+    scopes = [module.scope for module in modules]
+    for module in modules:
+        module.scope = "none"
+    try:
+        yield
+    finally:
+        for module, scope in zip(modules, scopes, strict=True):
+            module.scope = scope
 
 
 def attach_meter(model: Any, meter: Meter | None) -> None:
