@@ -259,6 +259,8 @@ def fingerprint(model: Any) -> str:
     for layer in layers_of(model):
         for projection, _ in layer.family.projections:
             weight = layer.weight(projection)
+            # Of a weight that is divided among processes, everybody gathers the whole.
+            weight = getattr(weight, "full_tensor", lambda weight=weight: weight)()
             rows = torch.linspace(0, weight.shape[0] - 1, 4, device="cpu").long()
             sample = weight.detach()[rows.to(weight.device), :64].to("cpu", torch.bfloat16).contiguous()
             digest.update(sample.view(torch.uint8).numpy().tobytes())

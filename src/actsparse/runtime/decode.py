@@ -17,6 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from actsparse import kernels
+from actsparse.kernels.parallel import share_of
 from actsparse.models import sites
 from actsparse.models.sites import LayerSites, ModelError
 from actsparse.runtime.graded import GradedLinear
@@ -129,6 +130,8 @@ class Decoder:
             sites.activation_of(model)
         except ModelError as error:
             return str(error)
+        if share_of(getattr(sites.layers_of(model)[0].product("q"), "weight", None)) is not None:
+            return "its weights are divided among processes"
         if not family.native_decode:
             return f"family {model.config.model_type} has no native decode step"
         dtypes = {parameter.dtype for parameter in model.parameters()}

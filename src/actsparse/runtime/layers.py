@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actsparse import kernels
+from actsparse.kernels.parallel import Share, local, set_local
 
 
 @dataclass
@@ -96,23 +97,34 @@ class SparseLinear(SparseModule):
         site: ``layers.{i}.{projection}``.
         threshold: float32 [1] or [I].
         scope: which tokens.
+        share: given where this process holds some of the columns, and of the threshold: results are added up.
     """
 
     threshold: torch.Tensor
 
-    def __init__(self, linear: nn.Linear, site: str, threshold: torch.Tensor, scope: str) -> None:
-        super().__init__(site, scope, {"threshold": expand(threshold, linear.in_features, linear.weight.device)})
+    def __init__(
+        self, linear: nn.Linear, site: str, threshold: torch.Tensor, scope: str, share: Share | None = None
+    ) -> None:
+        features = local(linear.weight).shape[1]
+        super().__init__(site, scope, {"threshold": expand(threshold, features, linear.weight.device)})
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._share = share
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self._shared(F.linear(x, local(self.weight), self._bias()))
 
     def sparse(self, x: torch.Tensor) -> torch.Tensor:
         if self.meter is not None:
             keep = kernels.reference.keep(x, self.threshold)
             self.meter.add(self.site, float(keep.sum()), keep.numel())
-        return kernels.linear(x, self.weight, self.bias, self.threshold)
+        return self._shared(kernels.linear(x, local(self.weight), self._bias(), self.threshold))
+
+    def _bias(self) -> torch.Tensor | None:
+        return local(self.bias) if self._share is None else None
+
+    def _shared(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self._share is None else self._share.add_up(y, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scope={self.scope}"
@@ -140,6 +152,7 @@ class SparseFFN(SparseModule):
         rules: one layer's rules by the plan's names (``ffn.threshold`` ...); see :mod:`actsparse.plan`.
         scope: which tokens.
         up_activation: what the block applies to up's result, as the kernels name it.
+        share: given where this process holds some of the neurons, and of the rules: results are added up.
     """
 
     def __init__(
@@ -151,10 +164,12 @@ class SparseFFN(SparseModule):
         rules: Mapping[str, torch.Tensor],
         scope: str,
         up_activation: str = "identity",
+        share: Share | None = None,
     ) -> None:
         up = projections["up"][1]
-        sizes = {"gate_in_threshold": up.in_features, "up_in_threshold": up.in_features}
-        sizes |= {"gate_threshold": up.out_features, "value_threshold": up.out_features}
+        neurons, hidden = local(up.weight).shape
+        sizes = {"gate_in_threshold": hidden, "up_in_threshold": hidden}
+        sizes |= {"gate_threshold": neurons, "value_threshold": neurons}
         prepared: dict[str, torch.Tensor | None] = {}
         for argument, name in FFN_RULES.items():
             rule = rules.get(name)
@@ -169,6 +184,7 @@ class SparseFFN(SparseModule):
         self.hold({name: linear for name, linear in projections.values()})
         # Not a registered child: it holds the same layers, which must appear in the state dict once.
         self._replaced = (ffn,)
+        self._share = share
         self._match_predictor()
 
     def hold(self, linears: Mapping[str, nn.Linear]) -> None:
@@ -203,9 +219,9 @@ class SparseFFN(SparseModule):
         return kernels.Rules(
             activation=self.activation,
             up_activation=self.up_activation,
-            gate_bias=self.projection("gate").bias if self.gated else None,
-            up_bias=self.projection("up").bias,
-            down_bias=self.projection("down").bias,
+            gate_bias=local(self.projection("gate").bias) if self.gated else None,
+            up_bias=local(self.projection("up").bias),
+            down_bias=self.projection("down").bias if self._share is None else None,
             **{argument: getattr(self, argument) for argument in FFN_RULES if obeyed},
         )
 
@@ -213,15 +229,18 @@ class SparseFFN(SparseModule):
         return self._replaced[0](x)
 
     def sparse(self, x: torch.Tensor) -> torch.Tensor:
-        gate = self.projection("gate").weight if self.gated else None
-        up, down = self.projection("up").weight, self.projection("down").weight
+        gate = local(self.projection("gate").weight) if self.gated else None
+        up, down = local(self.projection("up").weight), local(self.projection("down").weight)
         if self.meter is None:
-            return kernels.gated_ffn(x, gate, up, down, self.rules())
+            return self._shared(kernels.gated_ffn(x, gate, up, down, self.rules()))
         # The method's own arithmetic shows what the kernels would read; running both would double the price.
         y, kept = kernels.reference.gated_ffn_metered(x, gate, up, down, self.rules())
         for name, keep in kept.items():
             self.meter.add(f"{self.site}.{name}", float(keep.sum()), keep.numel())
-        return y
+        return self._shared(y)
+
+    def _shared(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self._share is None else self._share.add_up(y, self.projection("down").bias)
 
     def extra_repr(self) -> str:
         rules = ", ".join(name for name in FFN_RULES if getattr(self, name) is not None)
@@ -277,9 +296,9 @@ def is_columns(weight: torch.Tensor) -> bool:
 
 def lay_columns(linear: nn.Linear) -> None:
     """Re-lay a weight so that each column is contiguous; its logical shape and values do not change."""
-    linear.weight.data = linear.weight.data.t().contiguous().t()
+    set_local(linear.weight, local(linear.weight.data).t().contiguous().t())
 
 
 def lay_rows(linear: nn.Linear) -> None:
     """Undo :func:`lay_columns`."""
-    linear.weight.data = linear.weight.data.contiguous()
+    set_local(linear.weight, local(linear.weight.data).contiguous())

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from actsparse import kernels
+from actsparse.kernels.parallel import Share, local, share_of
 from actsparse.methods import prompt_rule
 from actsparse.methods.rounding import round_nearest
 from actsparse.models import directory, opening, sites
@@ -79,13 +80,14 @@ def sparsify(model: Any, plan: Plan | str | os.PathLike[str], *, scope: str | No
     rule = prompt_rule(plan) if plan.prompt else None
     if rule is not None and not sites.family_of(model).gated:
         raise ModelError(f"family {model.config.model_type} has no gated FFN: {plan.method} is for gated ones")
+    share = _share(model, plan)
     # Only now: a plan that is refused leaves the model as it was.
     restore(model)
     state = State(plan, [], [], [])
     setattr(model, _ATTRIBUTE, state)
     activation = sites.activation_of(model)
     for layer in sites.layers_of(model):
-        _sparsify_layer(state, layer, plan, activation)
+        _sparsify_layer(state, layer, plan, activation, share)
         _grade_layer(state, layer, plan)
     if "head.level_threshold" in plan.rules:
         state.head = model.get_output_embeddings()
@@ -100,7 +102,7 @@ def sparsify(model: Any, plan: Plan | str | os.PathLike[str], *, scope: str | No
                 _choose_by_prompt(state, layer, state.prompts, activation, mapped_weights(model))
     model.save_pretrained = partial(save_pretrained, model)
     # Last, when every weight lies as it will be read.
-    kernels.use_huge_pages(*model.parameters())
+    kernels.use_huge_pages(*map(local, model.parameters()))
     return model
 
 
@@ -202,12 +204,42 @@ def path_of(model: Any) -> str:
     state = state_of(model)
     if state is None:
         return "dense: not sparsified"
-    weight = next(iter(state.modules)).parameters().__next__()
+    weight = local(next(iter(state.modules)).parameters().__next__())
     return kernels.explain(weight.new_empty(1, 1), weight)
 
 
-def _sparsify_layer(state: State, layer: sites.LayerSites, plan: Plan, activation: str) -> None:
+def _share(model: Any, plan: Plan) -> Share | None:
+    """This process's part of a model that is divided among several; ModelError where the plan or family cannot be."""
+    # Packed weights, which have none of this name, are never divided.
+    try:
+        share = share_of(getattr(sites.layers_of(model)[0].product("up"), "weight", None))
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+    if share is None:
+        return None
+    graded = any(name.endswith("level_threshold") for name in plan.rules)
+    if plan.prompt or graded or not sites.family_of(model).gated:
+        what = f"plan's method is {plan.method}" if plan.prompt or graded else f"family is {model.config.model_type}"
+        raise ModelError(
+            f"{what}, the model is divided among {share.size} processes: expected thresholds of a gated block"
+        )
+    for layer in sites.layers_of(model):
+        for name, _ in layer.family.projections:
+            if share_of(layer.weight(name)) != share:
+                raise ModelError(f"layers.{layer.index}.{name} is not divided as the others are")
+    return share
+
+
+def _part_of(rules: dict[str, Any], share: Share) -> dict[str, Any]:
+    """What this process needs of a layer's rules: inputs of o, and neurons, are divided; all else is everybody's."""
+    divided = ("o.threshold", "down.threshold", "ffn.threshold", "ffn.predictor_b", "ffn.predictor_bias")
+    return {name: share.part(rule) if name in divided else rule for name, rule in rules.items()}
+
+
+def _sparsify_layer(state: State, layer: sites.LayerSites, plan: Plan, activation: str, share: Share | None) -> None:
     rules = plan.layer_rules(layer.index)
+    if share is not None:
+        rules = _part_of(rules, share)
     paths = dict(layer.family.projections)
     for projection in sites.ATTENTION_PROJECTIONS:
         threshold = rules.get(f"{projection}.threshold")
@@ -215,7 +247,8 @@ def _sparsify_layer(state: State, layer: sites.LayerSites, plan: Plan, activatio
             continue
         linear = layer.linear(projection)
         _lay_columns(state, linear)
-        sparse = SparseLinear(linear, f"layers.{layer.index}.{projection}", threshold, plan.scope)
+        added = share if projection == "o" else None
+        sparse = SparseLinear(linear, f"layers.{layer.index}.{projection}", threshold, plan.scope, added)
         _replace(state, layer, paths[projection], linear, sparse)
     if not any(name in rules for name in FFN_RULES.values()):
         return
@@ -228,7 +261,7 @@ def _sparsify_layer(state: State, layer: sites.LayerSites, plan: Plan, activatio
     _lay_columns(state, linears["down"][1])
     family, site = layer.family, f"layers.{layer.index}"
     if family.gated:
-        ffn = SparseFFN(layer.ffn, linears, site, activation, rules, plan.scope, family.up_activation)
+        ffn = SparseFFN(layer.ffn, linears, site, activation, rules, plan.scope, family.up_activation, share)
         _replace(state, layer, family.ffn, layer.ffn, ffn)
         return
     middle, last = layer.module.get_submodule(family.activation_module), linears["down"][1]
@@ -296,7 +329,7 @@ def _choose_by_prompt(
 
 
 def _lay_columns(state: State, linear: nn.Linear) -> None:
-    if not is_columns(linear.weight):
+    if not is_columns(local(linear.weight)):
         lay_columns(linear)
         state.relaid.append(linear)
 
