@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import cpu, cuda, planes, portable, reference
+from . import cpu, cuda, merged, planes, portable, reference
 from .cpu import (
     ACTIVATIONS,
     FFN,
@@ -48,7 +48,7 @@ from .rules import NAMES, Rules
 __all__ = [
     "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "Rules", "available_isas",
     "channel_statistics", "core_statistics", "cuda", "decode_step", "decode_together", "decoder_of", "explain",
-    "ffn_of", "gated_ffn", "graded_linear", "graded_path", "isa", "layer_of", "linear", "matrix_of", "norm_of",
+    "ffn_of", "gated_ffn", "graded_linear", "graded_path", "isa", "layer_of", "linear", "matrix_of", "merged", "norm_of",
     "packed_of", "packed_on", "path_for", "planes", "portable", "read_bandwidth", "reference", "reset_stats", "select_isa",
     "stats", "unpack_columns", "use_huge_pages",
 ]  # fmt: skip
