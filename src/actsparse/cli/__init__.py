@@ -13,6 +13,7 @@ from typing import NoReturn
 VERBS = {
     "calibrate": "find out on some text which channels may be skipped, and write a plan",
     "pack": "make a directory of low-bit weights that are read only as deep as each activation needs",
+    "export": "make a directory that a serving engine opens",
     "info": "show a plan as a table",
     "ppl": "perplexity dense and sparse on the same tokens, with the weights read",
     "generate": "continue a prompt, dense or sparse",
