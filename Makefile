@@ -10,7 +10,7 @@ RUN := $(VENV)/bin
 FILES := $(sort $(shell find src/actsparse -type f -not -path '*/__pycache__/*'))
 NATIVE := $(filter-out %.py %.jinja,$(FILES))
 
-.PHONY: setup demo test lint lock bench wheel clean always
+.PHONY: setup demo test test-vllm lint lock bench wheel clean always
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,12 @@ demo: setup
 
 test: setup
 	$(RUN)/python -m pytest
+
+# The plug-in beside vLLM's CPU build, in an environment of its own (3 GB; .ci/run keeps it elsewhere).
+VLLM_VENV ?= integrations/vllm/.venv
+test-vllm: setup
+	$(RUN)/python integrations/vllm/environment.py $(VLLM_VENV)
+	cd integrations/vllm && $(abspath $(VLLM_VENV))/bin/python -m pytest
 
 lint: setup
 	$(RUN)/ruff check .

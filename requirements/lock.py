@@ -4,7 +4,9 @@
 
 Four files come out of one resolution of pyproject.toml. ``build.txt`` installs and builds the rest. ``torch.txt`` is torch as
 PyPI has it, with the CUDA libraries it wants on Linux; ``torch-cpu.txt`` is the same release built for CPUs. ``packages.txt``
-is everything else. Needs `uv` and the two package indexes.
+is everything else. A fifth, ``integrations/vllm/requirements.txt``, is what the plug-in is tested with, beside
+``torch-cpu.txt``.
+Needs `uv` and the two package indexes.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -22,6 +25,10 @@ ROOT = HERE.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Packages that only torch's CUDA build asks for.
 TORCH = re.compile(r"(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==")
+VLLM = ROOT / "integrations" / "vllm"
+# vLLM pins torch's CPU build, which comes from its own lock, and asks for companions that text models never import.
+NOT_WITH_VLLM = ("torch", "torchvision", "torchaudio", "torchcodec", "triton")
+TORCH_NEEDS = ("sympy", "networkx", "jinja2", "fsspec")
 HEADER = "# Written by `make lock` (requirements/lock.py); do not edit.\n"
 
 
@@ -37,6 +44,22 @@ def main() -> None:
     write("packages.txt", [block for block in rest if block.partition("==")[0] not in names])
     write("torch.txt", torch)
     write("torch-cpu.txt", cpu)
+    (VLLM / "requirements.txt").write_text(HEADER + "".join(with_vllm()), encoding="utf-8")
+
+
+def with_vllm() -> list[str]:
+    """The closure of vLLM's CPU build and what this package and the plug-in's tests need, without torch."""
+    ours, plugin = (
+        tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"] for folder in (ROOT, VLLM)
+    )
+    extras = plugin["optional-dependencies"]
+    wanted = [*ours["dependencies"], *extras["cpu"], *extras["test"], *TORCH_NEEDS]
+    with tempfile.TemporaryDirectory() as folder:
+        source, without = Path(folder) / "in.txt", Path(folder) / "without.txt"
+        source.write_text("\n".join(each for each in wanted if not each.startswith("torch>")), encoding="utf-8")
+        without.write_text("\n".join(f"{name}; sys_platform == 'never'" for name in NOT_WITH_VLLM), encoding="utf-8")
+        found = resolve(str(source), "--override", str(without))
+    return [block for block in found if block.partition("==")[0] not in NOT_WITH_VLLM]
 
 
 def resolve(*what: str) -> list[str]:
