@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import signal
 import sys
 import warnings
@@ -14,6 +15,7 @@ VERBS = {
     "calibrate": "find out on some text which channels may be skipped, and write a plan",
     "pack": "make a directory of low-bit weights that are read only as deep as each activation needs",
     "export": "make a directory that a serving engine opens",
+    "apply": "make of a model and a plan a directory that transformers opens as the sparse model",
     "info": "show a plan as a table",
     "ppl": "perplexity dense and sparse on the same tokens, with the weights read",
     "generate": "continue a prompt, dense or sparse",
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if name in arguments[:1]:
             importlib.import_module(f"actsparse.cli.{name}").add_arguments(sub)
     options = parser.parse_args(arguments)
+    options.command = shlex.join(["actsparse", *arguments])
     if options.version:
         from importlib.metadata import version
 

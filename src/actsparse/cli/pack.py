@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from actsparse.cli.terminal import add_device_argument, add_thread_argument, positive, progress_bar, set_threads
+from actsparse.cli.terminal import (
+    add_device_argument,
+    add_evaluation_arguments,
+    add_thread_argument,
+    evaluated,
+    positive,
+    progress_bar,
+    set_threads,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=positive, help="calibration tokens (default: 2,048 to 16,384, by the model's size)"
     )
     add_device_argument(parser)
+    add_evaluation_arguments(parser)
     add_thread_argument(parser)
 
 
@@ -35,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from actsparse.calibration.pack import QUALITIES, Settings, pack
+    from actsparse.measure import card
 
     bits = QUALITIES[options.quality] if options.bits_read is None else options.bits_read
     settings = Settings(options.bits_stored, bits, options.text, options.tokens)
@@ -42,8 +53,24 @@ def run(options: argparse.Namespace) -> None:
     set_threads(options)
     with progress_bar("packing") as progress:
         plan = pack(options.model, options.output, settings, device=options.device, progress=progress)
+    card.write(Path(options.output), plan, options.model, _measured(options))
     size = sum(file.stat().st_size for file in Path(options.output).iterdir())
     print(
         f"wrote {options.output}: {size / 1e6:,.1f} MB, {options.bits_stored} bits stored, "
         f"{plan.settings['bits_read']:.2f} bits read per weight on {plan.text['tokens']} tokens"
     )
+
+
+def _measured(options: argparse.Namespace) -> Any:
+    """The packed model against the dense one on ``--evaluate``; None without it."""
+    if options.evaluate is None:
+        return None
+    from actsparse.models import opening
+    from actsparse.runtime.swap import open_model, state_of
+
+    model, tokenizer = open_model(options.output), opening.open_tokenizer(options.output)
+    state = state_of(model)
+    assert state is not None
+    gguf = options.model.endswith(".gguf")
+    dense = opening.open_gguf(options.model)[0] if gguf else opening.open_model(options.model)
+    return evaluated(options, model, tokenizer, state.plan, dense)

@@ -44,6 +44,40 @@ def add_thread_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
 
 
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """--evaluate and how much of it: what a model card's numbers come from."""
+    parser.add_argument(
+        "--evaluate",
+        metavar="FILE|DATASET",
+        help="text to measure perplexity on, for the model card (default: none, and the card says so)",
+    )
+    parser.add_argument(
+        "--evaluate-tokens",
+        type=positive,
+        default=40960,
+        help="tokens of --evaluate, in windows of 512 (default: 40960)",
+    )
+
+
+def evaluated(options: argparse.Namespace, model: Any, tokenizer: Any, plan: Any, reference: Any = None) -> Any:
+    """What ``--evaluate`` asks to be measured of ``model`` under ``plan``, against ``reference`` or itself dense; or None."""
+    if options.evaluate is None:
+        return None
+    from actsparse.cli.bench import machine
+    from actsparse.measure.card import Measured
+    from actsparse.measure.evaluate import compare_perplexity
+    from actsparse.models.text import TextError, load_windows
+
+    windows = load_windows(options.evaluate, tokenizer, tokens=options.evaluate_tokens, window=512)
+    if len(windows.tokens) < 2:
+        raise TextError(f"--evaluate {options.evaluate} gives one window of 512 tokens, expected two or more")
+    # Graded plans leave prompts alone when they are used: scored so, half the text would count for nothing.
+    scored = plan.with_scope("all") if plan.method == "graded" else plan
+    with progress_bar("measuring") as progress:
+        comparison = compare_perplexity(model, scored, windows, progress=progress, reference=reference)
+    return Measured(comparison, windows.source, machine(), options.command)
+
+
 def set_threads(options: argparse.Namespace) -> None:
     """Obey --threads."""
     if options.threads:

@@ -16,6 +16,7 @@ Shape letters: O outputs, I inputs, G groups of a column, S bits stored, L = S/2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,11 @@ class Packed(Nested):
         tensors = (self.mantissa, *self.planes, self.scale, self.gain)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles are laid out anew: parts that each lie somewhere else are multiplied by the oracle only.
+        parts = self.mantissa.contiguous(), tuple(plane.contiguous() for plane in self.planes)
+        return _laid_out, (self.out, *parts, self.scale, self.gain)
+
     @property
     def storages(self) -> tuple[Tensor, ...]:
         """What the mantissas and planes lie in, uint8 [1, bytes] each."""
@@ -113,6 +119,10 @@ class Packed(Nested):
         for name, tensor in (("scale", self.scale), ("gain", self.gain)):
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name} holds a value that is not finite")
+
+
+def _laid_out(*parts: Any) -> Packed:
+    return relaid(Packed(*parts))
 
 
 def groups_of(outputs: int) -> int:
@@ -232,6 +242,6 @@ def linear(
         y = torch.zeros(*x.shape[:-1], packed.out, dtype=compute, device=x.device)
         for index, level in enumerate(packed.levels):
             here = read == index + 1
-            if bool(here.any()):
+            if torch.compiler.is_compiling() or bool(here.any()):  # a graph has no place for the shortcut
                 y = y + torch.where(here, deviation, 0.0) @ unpack(packed, level, compute).T
     return (y if start is None else y + start.to(compute)).to(x.dtype)

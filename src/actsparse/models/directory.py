@@ -61,6 +61,9 @@ def check(directory: Path, about: dict[str, Any]) -> None:
         raise ModelError(f"{directory} has format {str(version)[:24]!r}, expected {FORMAT_VERSION}")
     if plan != PLAN:
         raise ModelError(f"{directory}/config.json names the plan {str(plan)[:60]!r}, expected {PLAN}")
+    for file in sorted(_indexed(directory)):
+        if file != Path(file).name:
+            raise ModelError(f"{directory}/{INDEX} names {file[:60]!r}: weights lie elsewhere, expected them inside")
     inside = [directory.resolve()]
     if directory.parent.name == "snapshots":
         inside.append(directory.parent.parent.resolve() / "blobs")
@@ -69,3 +72,14 @@ def check(directory: Path, about: dict[str, Any]) -> None:
             target = file.resolve()
             if not any(target.is_relative_to(folder) for folder in inside):
                 raise ModelError(f"{file} is a link that leads out of its directory, to {target}")
+
+
+def _indexed(directory: Path) -> set[str]:
+    """The files that the index names; none without one."""
+    path = directory / INDEX
+    if not path.is_file():
+        return set()
+    try:
+        return set(map(str, json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ModelError(f"{path} is damaged, expected the names of files by tensor") from None

@@ -55,7 +55,7 @@ def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
         family_of(_Configured(config))
         if about is not None:
             without_plan(config)
-        with _quiet():
+        with quiet():
             # Mismatches are let through here to be named below, all of them and on one line.
             model, found = AutoModelForCausalLM.from_pretrained(
                 name,
@@ -102,7 +102,7 @@ def open_gguf(file: str) -> tuple[Any, Any]:
 
     path = Path(file)
     try:
-        with _quiet():
+        with quiet():
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers and gguf raise many unrelated kinds
@@ -143,7 +143,7 @@ def check_complete(name: str, missing: Iterable[str], mismatched: Iterable[str])
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' bar over tensors and its table of what it did not find off the terminal."""
     from transformers.utils import logging
 

@@ -116,6 +116,11 @@ class LayerSites:
     def linear(self, projection: str) -> nn.Linear:
         """The nn.Linear behind ``projection``."""
         module = self.module.get_submodule(dict(self.family.projections)[projection])
+        if hasattr(module, "base_layer"):  # PEFT's
+            raise ModelError(
+                f"layer {self.index} {projection} carries an adapter, expected nn.Linear: merge it, or take a plan that "
+                "leaves attention alone"
+            )
         if not isinstance(module, nn.Linear):
             raise ModelError(
                 f"layer {self.index} {projection} is a {type(module).__name__}, expected nn.Linear "

@@ -83,6 +83,10 @@ class PromptFFN(SparseModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, H] to [B, T, H]."""
+        if torch.compiler.is_exporting():
+            raise ModelError(
+                "a model whose neurons are chosen per prompt cannot be exported: its sessions are no tensors"
+            )
         run = self.prompts.current()
         if run is None:
             raise ModelError(f"{self.site}: the block was called outside its model's forward, where no prompt is known")

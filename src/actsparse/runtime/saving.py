@@ -45,6 +45,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
 
     Raises:
         ModelError: a packed model that was restored has no plan to be saved with.
+        PlanError: the plan is for evaluation only.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         PreTrainedModel.save_pretrained(model, save_directory, *args, **options)
@@ -53,6 +54,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     if state is None:
         raise ModelError("the model is packed and was restored: expected it sparsified, with the plan to be saved")
     plan: Plan = state.plan
+    plan.check_decodable()
     home = Path(save_directory)
     about: dict[str, Any] = {"method": plan.method, "sparsity": plan.sparsity, "scope": plan.scope}
     if holds_packed(model):
