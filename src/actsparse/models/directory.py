@@ -61,9 +61,9 @@ def check(directory: Path, about: dict[str, Any]) -> None:
         raise ModelError(f"{directory} has format {str(version)[:24]!r}, expected {FORMAT_VERSION}")
     if plan != PLAN:
         raise ModelError(f"{directory}/config.json names the plan {str(plan)[:60]!r}, expected {PLAN}")
-    for file in sorted(_indexed(directory)):
-        if file != Path(file).name:
-            raise ModelError(f"{directory}/{INDEX} names {file[:60]!r}: weights lie elsewhere, expected them inside")
+    for name in sorted(_indexed(directory)):
+        if name != Path(name).name:
+            raise ModelError(f"{directory}/{INDEX} names {name[:60]!r}: weights lie elsewhere, expected them inside")
     inside = [directory.resolve()]
     if directory.parent.name == "snapshots":
         inside.append(directory.parent.parent.resolve() / "blobs")
