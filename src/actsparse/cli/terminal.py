@@ -75,7 +75,7 @@ def evaluated(options: argparse.Namespace, model: Any, tokenizer: Any, plan: Any
     scored = plan.with_scope("all") if plan.method == "graded" else plan
     with progress_bar("measuring") as progress:
         comparison = compare_perplexity(model, scored, windows, progress=progress, reference=reference)
-    return Measured(comparison, windows.source, machine(), options.command)
+    return Measured(comparison, windows.source, machine(str(model.device)), options.command)
 
 
 def set_threads(options: argparse.Namespace) -> None:

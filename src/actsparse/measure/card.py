@@ -105,9 +105,9 @@ def _numbers(packed: bool, measured: Measured | None) -> list[str]:
     if not packed:
         rows.append(("weights read per token", f"{read.fraction:.1%}"))
     rows.append(("read per token, output head included", f"{read.bytes / 1e6:,.1f} MB"))
-    machine = ", ".join(
-        f"{value} {name}" if name in ("cores", "threads") else str(value) for name, value in measured.machine.items()
-    )
+    units = {"cores": "{} cores", "threads": "{} threads", "torch": "torch {}"}
+    known = {name: value for name, value in measured.machine.items() if value is not None}
+    machine = ", ".join(units.get(name, "{}").format(value) for name, value in known.items())
     return [
         "## Measured", "",
         f"On {found.tokens:,} tokens of {measured.text}, scope {found.scope}; ± is one standard error.", "",
