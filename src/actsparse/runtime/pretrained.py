@@ -69,7 +69,9 @@ class ActsparseQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return model
         home = self._files[0].parent
-        if any(file.parent != home for file in self._files):
+        opened = Path(os.path.normpath(model.config.name_or_path))
+        outside = opened.is_dir() and not Path(os.path.normpath(home)).is_relative_to(opened)
+        if outside or any(file.parent != home for file in self._files):
             raise ModelError(f"{home} has an index of files that lie elsewhere, expected them inside")
         directory.check(home, self.quantization_config.to_dict())
         if self._packed:
