@@ -28,6 +28,7 @@ HOT = (LAYERS, SOURCE / "runtime" / "graded.py")
 
 # Of a source file: more are two rooms.
 MOST_LINES = 450
+ENDINGS = ("py", "cpp", "h", "inl", "cu", "cuh")
 
 
 def rooms_imported(path: Path) -> set[str]:
@@ -65,7 +66,7 @@ def test_the_check_sees_imports(tmp_path: Path) -> None:
 
 def too_long(*folders: Path) -> list[str]:
     """The source files below ``folders`` of more than :data:`MOST_LINES` lines."""
-    files = [file for folder in folders for ending in ("py", "cpp", "h", "inl") for file in folder.rglob(f"*.{ending}")]
+    files = [file for folder in folders for ending in ENDINGS for file in folder.rglob(f"*.{ending}")]
     lines = {str(file): len(file.read_bytes().splitlines()) for file in files}
     return sorted(f"{name}: {count} lines" for name, count in lines.items() if count > MOST_LINES)
 
@@ -76,7 +77,7 @@ def test_no_file_is_too_long() -> None:
     assert too_long(*folders) == []
 
 
-@pytest.mark.parametrize("name", ["a.py", "deep/er/b.cpp", "c.h", "d.inl"])
+@pytest.mark.parametrize("name", ["a.py", "deep/er/b.cpp", "c.h", "d.inl", "e.cu", "f.cuh"])
 def test_the_check_sees_long_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)

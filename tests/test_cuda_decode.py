@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from tests import cuda_emulator
 
 
 class Emulated:
-    """The CUDA decoder's functions, with steps run by the emulator."""
+    """The CUDA decoder's functions, with steps run by the emulator for so many multiprocessors."""
+
+    def __init__(self, processors: int) -> None:
+        self._machine = replace(cuda_emulator.MACHINE, processors=processors)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cuda_decoder, name)
 
     def decoder_of(self, layers: Any, **options: Any) -> Any:
-        return cuda_decoder.decoder_of(layers, machine=cuda_emulator.MACHINE, run=cuda_emulator.run, **options)
+        return cuda_decoder.decoder_of(layers, machine=self._machine, run=cuda_emulator.run, **options)
 
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.cuda)])
@@ -39,7 +43,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         return "cuda"
     if cuda_emulator.CXX is None:
         pytest.skip("no C++ compiler to emulate the kernels with")
-    monkeypatch.setattr(decode, "_kernels_for", lambda weight: Emulated())
+    # Few blocks read a head's cache in many lots, more share it.
+    processors = {"mistral": 3, "qwen2": 3}.get(request.node.callspec.params.get("family"), 9)
+    monkeypatch.setattr(decode, "_kernels_for", lambda weight: Emulated(processors))
     return "cpu"
 
 

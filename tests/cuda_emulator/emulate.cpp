@@ -20,6 +20,18 @@ struct float4 {
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static Dim threadIdx, blockIdx, blockDim, gridDim;
 
+// Copies arrive at the last moment: what is used before its wait is still NaN, and what was overwritten too early is wrong.
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned group;
+};
+struct Copies {
+  unsigned group = 0;
+  std::vector<Copy> waiting;
+};
+static std::vector<Copies> copies;
+
 namespace emulate {
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -98,6 +110,7 @@ void launch(void (*kernel)(P), const P* p, unsigned x, unsigned y, unsigned coun
   for (unsigned j = y; j-- > 0;)
     for (unsigned i = 0; i < x; ++i) {
       blockIdx = {i, j, 0};
+      copies.assign(count, {});
       memory.assign(shared_bytes / 4 + 4, std::numeric_limits<float>::quiet_NaN());
       body = [&] { kernel(*p); };
       run_block(count);
@@ -140,6 +153,8 @@ static uint32_t atomicAdd(uint32_t* at, uint32_t value) {
 static float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 
 #define AS_DEVICE static inline
+#define AS_MEMBER inline
+#define AS_CALLED static
 #define AS_KERNEL(threads, blocks) static void
 #define AS_PARAMETER const
 #define AS_SHARED float* const shared = emulate::shared_memory()
@@ -178,23 +193,35 @@ AS_DEVICE uint16_t narrow(float value) {
 #endif
 }
 #include "matrix.h"
-struct Vec8;
-AS_DEVICE Vec8 load_weights(const uint16_t* at);
-AS_DEVICE void let_next_start() {}
 AS_DEVICE void wait_for_previous() {}
+AS_DEVICE void let_next_start() {}
+AS_DEVICE void wait_beside() {}
+AS_DEVICE void linger() {}
+AS_DEVICE void copy_async(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) __builtin_trap();
+  Copies& mine = copies[emulate::current];
+  mine.waiting.push_back({to, from, mine.group});
+}
+AS_DEVICE void close_copies() { ++copies[emulate::current].group; }
+template <int PENDING>
+AS_DEVICE void wait_for_copies() {
+  Copies& mine = copies[emulate::current];
+  size_t kept = 0;
+  for (const Copy& copy : mine.waiting)
+    if (copy.group + PENDING < mine.group)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      mine.waiting[kept++] = copy;
+  mine.waiting.resize(kept);
+}
 AS_DEVICE void prefetch(const void*, uint32_t bytes) {
   if (bytes % 16) __builtin_trap();
 }
 
 #include "primitives.cuh"
-AS_DEVICE Vec8 load_weights(const uint16_t* at) {
-  if (reinterpret_cast<uintptr_t>(at) % 16) __builtin_trap();
-  Vec8 v;
-  std::memcpy(&v, at, 16);
-  return v;
-}
 #include "selection.cuh"
-#include "products.cuh"
+#include "rows.cuh"
+#include "columns.cuh"
 #include "attention.cuh"
 #include "depths.cuh"
 #include "planes.cuh"

@@ -5,7 +5,7 @@ Nothing here decides whether a call may run natively: that is :mod:`actsparse.ke
 
 from . import decoder, graded
 from .compiler import DTYPES, CudaError, architecture, device_obstacle, driver_version, missing
-from .launches import ffn_obstacle, layout_obstacle, linear_obstacle
+from .obstacles import ffn_obstacle, layout_obstacle, linear_obstacle
 from .products import gated_ffn, linear
 from .rounding import round_block
 from .tiles import Tiles, packed_of, tiles_of

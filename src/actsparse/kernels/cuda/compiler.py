@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from ctypes import POINTER, Structure, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from .structures import Launch, address
 SOURCES = (
     "primitives.cuh",
     "selection.cuh",
-    "products.cuh",
+    "rows.cuh",
+    "columns.cuh",
     "attention.cuh",
     "depths.cuh",
     "planes.cuh",
@@ -97,7 +99,8 @@ def machine(index: int) -> Machine:
     """What a GPU's launches are cut for."""
     value = c_int()
     _check(_driver().cuDeviceGetAttribute(byref(value), _SHARED_OPTIN, index), "cuDeviceGetAttribute")
-    return Machine(torch.cuda.get_device_properties(index).multi_processor_count, value.value)
+    made = Machine(torch.cuda.get_device_properties(index).multi_processor_count, value.value)
+    return made if made.ring == Machine().ring else replace(made, lot=made.lot // 2)
 
 
 def run(launches: list[Launch], device: torch.device, dtype: torch.dtype, rows: int, group: int = 1) -> None:
@@ -123,7 +126,7 @@ def run(launches: list[Launch], device: torch.device, dtype: torch.dtype, rows: 
 
 @cache
 def _functions(index: int, dtype: int, rows: int, group: int) -> dict[str, c_void_p]:
-    binary = _compiled((architecture(index), dtype, rows, group))
+    binary = compiled((architecture(index), dtype, rows, group, machine(index)))
     driver, module = _driver(), c_void_p()
     with torch.cuda.device(index):
         torch.cuda.current_stream(index).synchronize()  # makes the device's context the current one
@@ -140,12 +143,12 @@ def _functions(index: int, dtype: int, rows: int, group: int) -> dict[str, c_voi
     return functions
 
 
-def _compiled(key: tuple[str, int, int, int]) -> bytes:
+def compiled(key: tuple[str, int, int, int, Machine]) -> bytes:
     """The machine code, from the disk where it was compiled before."""
-    architecture, dtype, rows, group = key
+    architecture, dtype, rows, group, machine = key
     options = [
         f"--gpu-architecture={architecture}", "--std=c++17", "--use_fast_math", f"-DAS_DTYPE={dtype}", f"-DAS_ROWS={rows}",
-        f"-DAS_GROUP={group}",
+        f"-DAS_GROUP={group}", f"-DAS_RING={machine.ring}", f"-DAS_LOT={machine.lot}",
     ]  # fmt: skip
     major, minor = c_int(), c_int()
     _nvrtc().nvrtcVersion(byref(major), byref(minor))

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..rules import Rules
 from . import compiler, graded
 from .graded import PlaneInput, PlaneMatrix
-from .launches import ACTIVATIONS, Builder, Machine, Matrix, ffn_obstacle, input_of, layout_obstacle
+from .launches import ACTIVATIONS, Builder, Machine, Matrix, input_of
+from .obstacles import ffn_obstacle, layout_obstacle
 from .structures import Attention, Embedding, Input, Launch, Parts, pointer, vector
 
 MOST_GROUP = 8  # query heads that one block of the attention kernel serves
@@ -144,15 +145,29 @@ class Decoder:
         self.attention_scale = attention_scale
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.cosine, self.sine = vector(cosine, self.device), vector(sine, self.device)
-        group = heads // kv_heads
-        self.group = max(size for size in range(1, MOST_GROUP + 1) if group % size == 0)
+        self.machine = machine or compiler.machine(self.device.index)
+        self.group = self._group(layers[0].k_cache.shape[1])
         self.state = torch.zeros(2, dtype=torch.int32, device=self.device)
         self.logits = torch.empty(lm_head.out, dtype=torch.float32, device=self.device)
-        self.machine = machine or compiler.machine(self.device.index)
         self.launches: list[Launch] = []
         self._run = run or compiler.run
         self._built: tuple[FFN, ...] = ()
         self._graph: Any = None
+
+    def _group(self, length: int) -> int:
+        """Query heads that one block of the attention kernel serves.
+
+        As few as leave every block no more positions than it holds at a time: arithmetic is what a short cache's attention
+        takes, and more blocks share it.  A longer one's keys and values should not be read once for every head.
+        """
+        shared = self.heads // self.kv_heads
+        sizes = [size for size in range(1, MOST_GROUP + 1) if shared % size == 0]
+        held = 2 * (self.machine.lot // self.head_dim)
+
+        def splits(size: int) -> int:
+            return max(1, min(32, self.machine.processors // (self.heads // size)))
+
+        return next((size for size in sizes if splits(size) * held >= length), sizes[-1])
 
     def prepare(self) -> None:
         """Arrange the launches for the blocks as they are now; the graph is captured after the next step."""
@@ -268,15 +283,12 @@ class _Step:
         p = Embedding(
             pointer(matrix.weight), pointer(decoder.state), pointer(self._streams[0]), matrix.stride, self._hidden
         )
-        self._build.launches.append(
-            Launch("embedding", (-(-self._hidden // 512), 1), 256, 0, p, (matrix, self._streams, decoder.state))
-        )
+        self._build.launch("embedding", 256, 0, p, (matrix, self._streams, decoder.state))
 
     def _normalised(self, norm: Norm) -> Input:
         """The residual stream with what is pending added, under a norm; the sum becomes the stream."""
-        if self._pending is None:
-            return input_of(Parts(self._streams[0], 0, self._hidden), self._hidden, residual=self._streams[0],
-                            norm=(norm.weight, norm.eps))  # fmt: skip
+        if self._pending is None:  # what the embedding left is no residual: that is read before its kernel has ended
+            return input_of(Parts(self._streams[0], 1, self._hidden), self._hidden, norm=(norm.weight, norm.eps))
         before, after = self._streams
         x = input_of(self._pending, self._hidden, residual=before, residual_out=after, norm=(norm.weight, norm.eps))
         self._streams = [after, before]
@@ -341,12 +353,18 @@ class _Step:
             k_norm.eps if k_norm else 0.0,
         )  # fmt: skip
         size, group = decoder.head_dim, decoder.group
-        lanes = min(32, 1 << (size // 8 - 1).bit_length())
-        slots = _ATTENTION_THREADS // lanes
-        floats = (group + 2) * size + group * 128 + 4 * ((3 * group + 3) // 4) + slots * group * size
-        build.launches.append(
-            Launch("attention", (decoder.kv_heads * subgroups, self._splits), _ATTENTION_THREADS, 4 * floats, p,
-                   (layer, q, k, v, y, self._partial, self._arrived))
+        together = decoder.machine.lot // size
+        warps = _ATTENTION_THREADS // 32
+        floats = (
+            (group + 6) * size
+            + group * together
+            + 4 * ((3 * group + 3) // 4)
+            + warps * group * size
+            + 2 * decoder.machine.lot
+        )
+        build.launch(
+            "attention", _ATTENTION_THREADS, 4 * floats, p, (layer, q, k, v, y, self._partial, self._arrived),
+            decoder.kv_heads * subgroups * self._splits,
         )  # fmt: skip
         attended = Parts(y, 1, decoder.heads * size)
         if isinstance(layer.o, PlaneMatrix):
@@ -356,9 +374,13 @@ class _Step:
             )
             self._pending = graded.product(build, inner, [layer.o], keep=(y,))[0]
             return
-        self._pending = self._products(input_of(attended, attended.size), {"o": (layer.o, layer.o_threshold)})["o"]
+        self._pending = self._products(
+            input_of(attended, attended.size), {"o": (layer.o, layer.o_threshold)}, prefetch=True
+        )["o"]
 
-    def _products(self, x: Input, sites: dict[str, tuple[Any, Tensor | None]]) -> dict[str, Parts]:
+    def _products(
+        self, x: Input, sites: dict[str, tuple[Any, Tensor | None]], prefetch: bool = False
+    ) -> dict[str, Parts]:
         """Matrices of one input, by columns in one launch and by rows in another."""
         results: dict[str, Parts] = {}
         for name, (matrix, threshold) in sites.items():
@@ -369,7 +391,9 @@ class _Step:
         if by_columns:
             results |= zip(by_columns, self._build.columns_product(x, list(by_columns.values())), strict=True)
         if by_rows:
-            got = self._build.rows_product(x, [matrix for matrix, _ in by_rows.values()])
+            got = self._build.rows_product(
+                x, [matrix for matrix, _ in by_rows.values()], prefetch=prefetch, beside=bool(by_columns)
+            )
             assert isinstance(got, list)
             results |= zip(by_rows, got, strict=True)
         return results

@@ -32,22 +32,20 @@ class Input(Structure):
 
 
 class Candidates(Structure):
-    """Whose neurons or inputs may be kept, and the rule."""
+    """Whose neurons are kept: a list that a product left, or indices alone."""
 
     _fields_ = [
-        ("value", c_void_p),
-        ("second", c_void_p),
-        ("index", c_void_p),
-        ("mask", c_void_p),
-        ("count", c_void_p),
-        ("threshold", c_void_p),
-        ("mean", c_void_p),
-        ("size", c_int32),
-        ("splits", c_int32),
-        ("second_splits", c_int32),
-        ("activation", c_int32),
-        ("second_activation", c_int32),
-        ("positive", c_int32),
+        *((name, c_void_p) for name in ("value", "index", "mask", "counts")),
+        *((name, c_int32) for name in ("size", "segments", "capacity")),
+    ]
+
+
+class List(Structure):
+    """What a product leaves of its results: those that pass, a segment for each block."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("index", "mask", "value", "counts", "threshold", "mean")),
+        *((name, c_int32) for name in ("size", "capacity", "positive")),
     ]
 
 
@@ -73,18 +71,15 @@ class Rows(Structure):
         ("input", Input),
         ("candidates", Candidates),
         ("job", Job * 3),
-        ("list_index", c_void_p),
-        ("list_mask", c_void_p),
-        ("list_value", c_void_p),
-        ("list_count", c_void_p),
+        ("list", List),
         ("jobs", c_int32),
         ("units", c_int32),
         ("mode", c_int32),
         ("activation", c_int32),
         ("second_activation", c_int32),
-        ("list_size", c_int32),
         ("rows", c_int32),
         ("prefetch_rows", c_int32),
+        ("beside", c_int32),
     ]
 
 
@@ -95,11 +90,11 @@ class Columns(Structure):
         ("input", Input),
         ("candidates", Candidates),
         ("job", Job * 3),
-        ("jobs", c_int32),
-        ("splits", c_int32),
-        ("rows", c_int32),
-        ("slice", c_int32),
-    ]
+        ("list", List),
+        *((name, c_int32) for name in (
+            "jobs", "splits", "rows", "slice", "tiles", "activation", "second_activation",
+        )),
+    ]  # fmt: skip
 
 
 class Finish(Structure):

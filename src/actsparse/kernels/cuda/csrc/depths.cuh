@@ -216,7 +216,6 @@ AS_KERNEL(256, 1) depths_kernel(AS_PARAMETER Planes p) {
   AS_SHARED;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, split = blockIdx.y;
   const PlaneJob& job = p.job[blockIdx.x];
-  let_next_start();
   float* const most = shared;              // [warps, B]
   float* const units = most + 8 * B;       // [B]
   int* const counts = reinterpret_cast<int*>(units + 8);

@@ -71,7 +71,6 @@ AS_KERNEL(192, 2) planes_kernel(AS_PARAMETER Planes p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = warp & 1, share = warp >> 1, r = lane >> 2, t = lane & 3;
   const PlaneJob& job = plane_job_of(p, blockIdx.x);
   const int tile = blockIdx.x - job.begin, size = p.input.size, split = blockIdx.y;
-  let_next_start();
   // Copies read 16 bytes a lane.
   const unsigned char* const codes =
       settled(job.codes + (i64)tile * size * p.planes * RUN + half * (RUN / 2) + (lane & 3) * 16);
@@ -168,7 +167,6 @@ AS_KERNEL(256, 1) join_kernel(AS_PARAMETER Join p) {
   AS_SHARED;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, quad = blockIdx.x * 32 + lane;
   const bool inside = 4 * quad < p.size;
-  let_next_start();
   wait_for_previous();
   float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (inside)

@@ -1,8 +1,9 @@
 // What the kernels need of the hardware.  Compiled by NVRTC without headers; with ACTSPARSE_EMULATE by a C++ compiler, whose
-// stand-ins for these few functions (emulate.h in the tests) run the same kernels on a CPU.
+// stand-ins for these few functions (the tests' emulator) run the same kernels on a CPU.
 //
 // Set by the compiling side: AS_DTYPE (1 bfloat16, 2 float16), AS_ROWS (rows of x: 1, 2, 4 or 8), AS_GROUP (query heads that
-// share a key/value head in one block).
+// share a key/value head in one block), AS_RING (16-byte copies that a thread of a product has under way), AS_LOT
+// (values of keys that a block of the attention kernel holds at a time).
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
@@ -13,6 +14,8 @@ struct alignas(16) Vec8 {
 
 #ifndef ACTSPARSE_EMULATE
 #define AS_DEVICE __device__ __forceinline__
+#define AS_MEMBER __device__ __forceinline__
+#define AS_CALLED __device__ __noinline__
 #define AS_KERNEL(threads, blocks) extern "C" __global__ __launch_bounds__(threads, blocks) void
 
 AS_DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
@@ -36,25 +39,47 @@ AS_DEVICE u16 narrow(float value) {
   return bits;
 }
 
-// Weights are read once a token: they should not push the activations out of L1.
-AS_DEVICE Vec8 load_weights(const u16* at) {
-  Vec8 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "l"(at));
-  return v;
+// 16 bytes from global to shared memory, under way while the thread goes on.  A thread waits for its own copies: all but the
+// last PENDING groups of them.
+AS_DEVICE void copy_async(void* to, const void* from) {
+  const u32 at = (u32)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+AS_DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+AS_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Programmatic dependent launch: the next kernel may start now; what earlier kernels wrote may be read from here on.
-AS_DEVICE void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
+// Programmatic dependent launch.  What earlier kernels wrote may be read after the wait.  The next kernel is let in only then:
+// the one before has left by that time and none of this one's blocks has, so that every multiprocessor has exactly one place
+// free.  Blocks let in earlier or later met unevenly: some multiprocessors had two, and a step took 4.06 ms instead of 3.21.
 AS_DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Beside the kernel before, which has waited for itself when this one begins, and on nothing of which it depends: the next one
+// is let in at once, to take the places that the one before leaves; this one leaves after that.
+AS_DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+AS_DEVICE void wait_beside() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A block without work keeps its place until the next kernel's blocks have found theirs: about four microseconds.
+AS_DEVICE void linger() {
+#if __CUDA_ARCH__ >= 900
+  const long long until = clock64() + 8000;
+  while (clock64() < until) __nanosleep(100);
 #endif
 }
 
@@ -68,10 +93,14 @@ AS_DEVICE void prefetch(const void* at, u32 bytes) {
 #define AS_PARAMETER const __grid_constant__
 #endif
 
+// Where share `number` of `shares` begins among so many: below 2^32 / shares.
+AS_DEVICE int share_of(int total, int number, int shares) { return (int)((u32)total * (u32)number / (u32)shares); }
+
 AS_DEVICE float absolute(float v) { return v < 0.0f ? -v : v; }
 
 // Same codes as the CPU kernels: silu, relu, relu2, gelu, gelu_tanh, identity.
-AS_DEVICE float activate(int code, float v) {
+// Called rather than inlined: a block's instructions have to come from L2, too.
+AS_CALLED float activate(int code, float v) {
   switch (code) {
     case 0: return v / (1.0f + expf(-v));
     case 1: return v > 0.0f || v != v ? v : 0.0f;

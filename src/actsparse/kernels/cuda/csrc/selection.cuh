@@ -1,33 +1,63 @@
 // What a product's block does before it multiplies: x, and who is kept.  Letters: B rows of x (AS_ROWS), I inputs, N neurons,
 // S splits.
 //
-// Every block reads its inputs anew (residual, norm, thresholds) and compacts the kept indices for itself: that costs less
-// than one more kernel.  The kept entries are cut evenly, by position.
+// Every block reads its inputs anew (residual, norm, thresholds) and compacts the kept of x for itself; neurons come as lists
+// from the product before, one segment a block.  The kept entries are cut evenly, by position.
 constexpr int B = AS_ROWS;
-constexpr int UNROLL = B <= 2 ? 8 : 4;  // 16-byte loads in flight per thread
-constexpr int PART = UNROLL * 256;      // inputs of a row that one warp takes at a time
 constexpr int SOURCES = B <= 2 ? 4 : 2; // candidates per thread looked at together
 constexpr int BLOCKS = B <= 2 ? 2 : 1;   // resident on a multiprocessor: room for the next kernel to start early
 
 struct Input {              // the vector x
   const u16* x;             // [B, I], or
   const float* parts;       // [S, B, I], summed
-  const float* residual;    // [I] added, B = 1
+  const float* residual;    // [I] added, B = 1; not of the kernel before
   float* residual_out;      // [I] receives the sum
   const float* norm;        // RMSNorm weight [I]
   int splits, size;
   float eps;
 };
 
-struct Candidates {         // who may be kept
-  const float* value;       // [S, B, size]
-  const float* second;      // [S, B, size], multiplied in
-  const int* index;         // [size] neuron of each; null: itself
-  const int* mask;          // [size] bit b: row b keeps it; null: all
-  const int* count;         // how many there are; null: size
-  const float* threshold;   // [N], by neuron
-  const float* mean;        // [N], subtracted from what is kept
-  int size, splits, second_splits, activation, second_activation, positive;
+struct Candidates {         // who is kept
+  const float* value;       // of a list [B, size]
+  const int* index;         // [size] neurons
+  const int* mask;          // of a list [size] bit b: row b keeps it
+  const int* counts;        // [segments] entries of a list in each segment; null: no list, every index
+  int size, segments, capacity;
+};
+
+struct List {               // what a product leaves of its results: a segment of `capacity` for each block
+  int* index;
+  int* mask;
+  float* value;             // [B, size]; null: no list
+  int* counts;
+  const float* threshold;   // [N]
+  const float* mean;        // [N], subtracted from what passes
+  int size, capacity, positive;
+
+  AS_MEMBER bool keeps(float v, int neuron) const {
+    return positive ? !(v <= 0.0f) : !(absolute(v) < (threshold ? threshold[neuron] : 0.0f));
+  }
+
+  // By all threads of a block: those with a mask come after the `passed` before them.
+  AS_MEMBER int append(int passed, int neuron, int mask_bits, const float* v, int rows, int* counts_of_warps) const {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    const u32 kept = __ballot_sync(0xffffffffu, mask_bits != 0);
+    if (lane == 0) counts_of_warps[warp] = __popc(kept);
+    __syncthreads();
+    int at = passed + __popc(kept & ((1u << lane) - 1u));
+    for (int w = 0; w < warps; ++w) {
+      if (w < warp) at += counts_of_warps[w];
+      passed += counts_of_warps[w];
+    }
+    __syncthreads();
+    if (mask_bits) {
+      at += blockIdx.x * capacity;
+      index[at] = neuron;
+      mask[at] = mask_bits;
+      for (int b = 0; b < rows; ++b) value[(i64)b * size + at] = v[b];
+    }
+    return passed;
+  }
 };
 
 AS_DEVICE int half_of(int size) { return ((size / 2 + 31) & ~31) + 16; }
@@ -37,53 +67,71 @@ AS_DEVICE int place_of(int i, int half) { return ((i >> 3) << 2) + (i & 3) + ((i
 
 AS_DEVICE float4 quad_at(const float* from, int q) { return *reinterpret_cast<const float4*>(from + 4 * q); }
 
-AS_DEVICE void load_input(const Input& in, int rows, float* x, float* scratch) {
-  constexpr int TOGETHER = 4;  // groups of four per thread whose loads are all under way before the first is used
+// What a thread needs of its first groups of four and the kernel before does not write: it is loaded while that still runs.
+constexpr int EARLY = 2;
+struct Early {
+  float4 norm[EARLY], residual[EARLY];
+};
+
+AS_DEVICE Early load_early(const Input& in) {
+  Early early;
+#pragma unroll
+  for (int t = 0; t < EARLY; ++t) {
+    const int q = t * (int)blockDim.x + (int)threadIdx.x;
+    early.norm[t] = early.residual[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (4 * q >= in.size) continue;
+    if (in.norm) early.norm[t] = quad_at(in.norm, q);
+    if (in.residual) early.residual[t] = quad_at(in.residual, q);
+  }
+  return early;
+}
+
+AS_DEVICE void load_input(const Input& in, int rows, const Early& early, float* x, float* scratch) {
   const int half = half_of(in.size), quads = in.size / 4;
   float square = 0.0f;
+#pragma unroll 1
   for (int b = 0; b < B; ++b) {
     float* const to = x + b * 2 * half;
     const int row = b < rows ? b : 0;  // rows that are not there are zeros
-    for (int begin = 0; begin < quads; begin += TOGETHER * blockDim.x) {
-      float4 v[TOGETHER];
-      int at[TOGETHER];
+#pragma unroll 1
+    for (int begin = 0; begin < quads; begin += EARLY * blockDim.x) {
+      float4 v[EARLY], norm[EARLY];
+      int at[EARLY];
 #pragma unroll
-      for (int t = 0; t < TOGETHER; ++t) {
+      for (int t = 0; t < EARLY; ++t) {
         const int q = begin + t * (int)blockDim.x + (int)threadIdx.x;
         at[t] = q < quads ? q : quads - 1;
-        v[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        v[t] = begin ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : early.residual[t];
+        norm[t] = early.norm[t];
+        if (begin && in.norm) norm[t] = quad_at(in.norm, at[t]);
+        if (begin && in.residual) v[t] = quad_at(in.residual, at[t]);
       }
       if (in.x) {
 #pragma unroll
-        for (int t = 0; t < TOGETHER; ++t) {
+        for (int t = 0; t < EARLY; ++t) {
           const u32* const from = reinterpret_cast<const u32*>(in.x + (i64)row * in.size + 4 * at[t]);
           widen2(from[0], v[t].x, v[t].y);
           widen2(from[1], v[t].z, v[t].w);
         }
       }
-      if (in.residual) {
-#pragma unroll
-        for (int t = 0; t < TOGETHER; ++t) v[t] = quad_at(in.residual, at[t]);
-      }
+#pragma unroll 2
       for (int s = 0; s < in.splits; ++s) {
         const float* const from = in.parts + ((i64)s * rows + row) * in.size;
 #pragma unroll
-        for (int t = 0; t < TOGETHER; ++t) {
+        for (int t = 0; t < EARLY; ++t) {
           const float4 part = quad_at(from, at[t]);
           v[t].x += part.x, v[t].y += part.y, v[t].z += part.z, v[t].w += part.w;
         }
       }
 #pragma unroll
-      for (int t = 0; t < TOGETHER; ++t) {
+      for (int t = 0; t < EARLY; ++t) {
         const int q = begin + t * (int)blockDim.x + (int)threadIdx.x;
         if (q >= quads) continue;
         if (b >= rows) v[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (in.residual_out && blockIdx.x == 0 && blockIdx.y == 0)
-          *reinterpret_cast<float4*>(in.residual_out + 4 * q) = v[t];
+        if (in.residual_out && blockIdx.x == 0) *reinterpret_cast<float4*>(in.residual_out + 4 * q) = v[t];
         if (in.norm) {
           square += v[t].x * v[t].x + v[t].y * v[t].y + v[t].z * v[t].z + v[t].w * v[t].w;
-          const float4 w = quad_at(in.norm, q);
-          v[t].x *= w.x, v[t].y *= w.y, v[t].z *= w.z, v[t].w *= w.w;
+          v[t].x *= norm[t].x, v[t].y *= norm[t].y, v[t].z *= norm[t].z, v[t].w *= norm[t].w;
         }
         *reinterpret_cast<float4*>(to + place_of(4 * q, half)) = v[t];
       }
@@ -91,6 +139,7 @@ AS_DEVICE void load_input(const Input& in, int rows, float* x, float* scratch) {
   }
   if (in.norm) {
     const float scale = rsqrtf(block_sum(square, scratch) / in.size + in.eps);
+#pragma unroll 1
     for (int q = threadIdx.x; q < quads; q += blockDim.x) {  // each thread its own values
       float4* const at = reinterpret_cast<float4*>(x + place_of(4 * q, half));
       const float4 v = *at;
@@ -105,48 +154,18 @@ struct Kept {
   float value[B];
 };
 
-AS_DEVICE Kept examine(const Candidates& c, int rows, int i, int count) {
-  Kept k;
-  k.mask = 0;
-  k.index = 0;
-  for (int b = 0; b < B; ++b) k.value[b] = 0.0f;
-  if (i >= count) return k;
-  k.index = c.index ? c.index[i] : i;
-  const int allowed = c.mask ? c.mask[i] : ~0;
-  const float least = c.threshold ? c.threshold[k.index] : 0.0f;
-  const float mean = c.mean ? c.mean[k.index] : 0.0f;
-  for (int b = 0; b < B; ++b) {
-    if (b >= rows) break;
-    float v = 0.0f;
-    if (c.value) {
-      for (int s = 0; s < c.splits; ++s) v += c.value[((i64)s * rows + b) * c.size + i];
-      v = activate(c.activation, v);
-    }
-    if (c.second) {
-      float u = 0.0f;
-      for (int s = 0; s < c.second_splits; ++s) u += c.second[((i64)s * rows + b) * c.size + i];
-      v *= activate(c.second_activation, u);
-    }
-    const bool keep = c.positive ? !(v <= 0.0f) : !(absolute(v) < least);
-    if (keep && (allowed >> b & 1)) {
-      k.mask |= 1 << b;
-      k.value[b] = v - mean;
-    }
-  }
-  return k;
-}
-
 struct Range {
   int begin, count, total;
 };
 
-// Positions of the kept among `count` candidates: those of slice `slice` of `slices` go to index, mask and value [slice, B].
+// Positions of the kept among `count` candidates: those of slice `slice` of `slices` go to index and value [slice, B].
 template <class F>
-AS_DEVICE Range compact(int count, int slice, int slices, int* counts, int* index, int* mask, float* value, F look) {
+AS_DEVICE Range compact(int count, int slice, int slices, int* counts, int* index, float* value, F look) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const int segment = ((count + warps - 1) / warps + 31) & ~31, begin = warp * segment;
   const int end = begin + segment < count ? begin + segment : count;
   int mine = 0;
+#pragma unroll 1
   for (int i = begin; i < end; i += 32 * SOURCES) {
     Kept k[SOURCES];
 #pragma unroll
@@ -161,8 +180,9 @@ AS_DEVICE Range compact(int count, int slice, int slices, int* counts, int* inde
     if (w == warp) before = total;
     total += counts[w];
   }
-  const int low = (int)((i64)total * slice / slices), high = (int)((i64)total * (slice + 1) / slices);
+  const int low = share_of(total, slice, slices), high = share_of(total, slice + 1, slices);
   if (before < high && before + mine > low) {
+#pragma unroll 1
     for (int i = begin; i < end; i += 32 * SOURCES) {
       Kept k[SOURCES];
 #pragma unroll
@@ -173,7 +193,6 @@ AS_DEVICE Range compact(int count, int slice, int slices, int* counts, int* inde
         const int at = before + __popc(kept & ((1u << lane) - 1u));
         if (k[s].mask && at >= low && at < high) {
           index[at - low] = k[s].index;
-          if (mask) mask[at - low] = k[s].mask;
           for (int b = 0; b < B; ++b) value[(at - low) * B + b] = k[s].value[b];
         }
         before += __popc(kept);
@@ -189,11 +208,12 @@ AS_DEVICE Range compact(int count, int slice, int slices, int* counts, int* inde
 constexpr int MOST_SINGLE = 16 * 4 * 512;  // candidates that the bits of a block of 512 threads can stand for
 
 template <class Look, class Value>
-AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* index, int* mask, float* value, Look look,
+AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* index, float* value, Look look,
                             Value value_at) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, stride = 4 * blockDim.x;
   const int groups = (count + stride - 1) / stride;
   unsigned long long kept = 0;
+#pragma unroll 1
   for (int j = 0; j < groups; j += 2) {
     const int i = j * stride + 4 * threadIdx.x;
     kept |= (unsigned long long)look(i, i + stride) << 4 * j;
@@ -211,8 +231,9 @@ AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* 
     if (w < warp) at += counts[w];
     total += counts[w];
   }
-  const int low = (int)((i64)total * slice / slices), high = (int)((i64)total * (slice + 1) / slices);
+  const int low = share_of(total, slice, slices), high = share_of(total, slice + 1, slices);
   if (at < high && at + mine > low)
+#pragma unroll 1
     for (int j = 0; j < groups; ++j) {
       const u32 four = (u32)(kept >> 4 * j) & 15u;
       for (int e = 0; e < 4; ++e)
@@ -221,7 +242,6 @@ AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* 
             const int i = j * stride + 4 * threadIdx.x + e;
             index[at - low] = i;
             value[at - low] = value_at(i);
-            if (mask) mask[at - low] = 1;
           }
           ++at;
         }
@@ -230,94 +250,53 @@ AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* 
   return Range{low, high - low, total};
 }
 
-// Eight of one row's candidates; their values go to found.  Sizes are multiples of four.
-AS_DEVICE u32 look_at_candidates(const Candidates& c, int count, const int (&i)[2], float* found) {
-  float4 value[2], second[2], least[2];
-  int q[2];
-#pragma unroll
-  for (int j = 0; j < 2; ++j) q[j] = i[j] < c.size ? i[j] / 4 : 0;
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    value[j] = quad_at(c.value, q[j]);
-    second[j] = least[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+// This block's even share of a list in segments; prefix holds one more than there are segments.
+AS_DEVICE Range gather(const Candidates& c, int rows, int slice, int slices, int* counts, int* index, int* mask, float* value,
+                       int* prefix) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, t = threadIdx.x;
+  const int mine = t < c.segments ? c.counts[t] : 0;
+  int upto = mine;
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const int other = __shfl_up_sync(0xffffffffu, upto, offset);
+    if (lane >= offset) upto += other;
   }
-  if (c.second) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) second[j] = quad_at(c.second, q[j]);
+  if (lane == 31) counts[warp] = upto;
+  __syncthreads();
+  int total = 0;
+  for (int w = 0; w < warps; ++w) {
+    if (w < warp) upto += counts[w];
+    total += counts[w];
   }
-  if (c.threshold && !c.index) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) least[j] = quad_at(c.threshold, q[j]);
-  } else if (c.threshold) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      int neuron[4];
-      for (int e = 0; e < 4; ++e) neuron[e] = i[j] + e < count ? c.index[i[j] + e] : 0;
-      least[j] = make_float4(c.threshold[neuron[0]], c.threshold[neuron[1]], c.threshold[neuron[2]], c.threshold[neuron[3]]);
+  if (t <= c.segments) prefix[t] = upto - mine;
+  __syncthreads();
+  const int low = share_of(total, slice, slices), high = share_of(total, slice + 1, slices);
+#pragma unroll 1
+  for (int i = low + t; i < high; i += blockDim.x) {
+    int segment = 0, past = c.segments;  // prefix[segment] <= i < prefix[past]
+    while (past - segment > 1) {
+      const int middle = (segment + past) >> 1;
+      if (prefix[middle] <= i) segment = middle;
+      else past = middle;
     }
+    const int at = segment * c.capacity + i - prefix[segment];
+    index[i - low] = c.index[at];
+    if (mask) mask[i - low] = c.mask[at];
+    for (int b = 0; b < B; ++b) value[(i - low) * B + b] = b < rows ? c.value[(i64)b * c.size + at] : 0.0f;
   }
-  for (int s = 1; s < c.splits; ++s)
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float4 part = quad_at(c.value + (i64)s * c.size, q[j]);
-      value[j].x += part.x, value[j].y += part.y, value[j].z += part.z, value[j].w += part.w;
-    }
-  for (int s = 1; s < c.second_splits; ++s)
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float4 part = quad_at(c.second + (i64)s * c.size, q[j]);
-      second[j].x += part.x, second[j].y += part.y, second[j].z += part.z, second[j].w += part.w;
-    }
-  u32 kept = 0;
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    float v[4] = {value[j].x, value[j].y, value[j].z, value[j].w};
-    const float u[4] = {second[j].x, second[j].y, second[j].z, second[j].w};
-    const float t[4] = {least[j].x, least[j].y, least[j].z, least[j].w};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (c.activation != 5) v[e] = activate(c.activation, v[e]);
-      if (c.second) v[e] *= c.second_activation == 5 ? u[e] : activate(c.second_activation, u[e]);
-      const bool keep = c.positive ? !(v[e] <= 0.0f) : !(absolute(v[e]) < t[e]);
-      if (i[j] + e < count && keep) kept |= 1u << (4 * j + e);
-    }
-    if (i[j] < c.size) *reinterpret_cast<float4*>(found + i[j]) = make_float4(v[0], v[1], v[2], v[3]);
-  }
-  return kept;
+  __syncthreads();
+  return Range{low, high - low, total};
 }
 
-// The kept among the candidates: this block's even share, neurons in index.
-AS_DEVICE Range choose(const Candidates& c, int rows, int slice, int slices, int* counts, int* index, int* mask, float* value,
-                       float* found) {
-  const int count = c.count ? *c.count : c.size;
-  if (B > 1 || c.size > MOST_SINGLE)
-    return compact(count, slice, slices, counts, index, mask, value,
-                   [&](int i, int end) { return examine(c, rows, i, end); });
-  if (!c.threshold && !c.positive && !c.second && c.splits < 2 && c.activation == 5) {  // all of them
-    const int low = (int)((i64)count * slice / slices), high = (int)((i64)count * (slice + 1) / slices);
-    for (int i = low + threadIdx.x; i < high; i += blockDim.x) {
-      const int neuron = c.index ? c.index[i] : i;
-      index[i - low] = neuron;
-      value[i - low] = (c.value ? c.value[i] : 0.0f) - (c.mean ? c.mean[neuron] : 0.0f);
-      if (mask) mask[i - low] = 1;
-    }
-    __syncthreads();
-    return Range{low, high - low, count};
+// This block's even share of those named, by a list that a product left or by indices alone.
+AS_DEVICE Range named(const Candidates& c, int rows, int slice, int slices, int* counts, int* index, int* mask, float* value,
+                      float* found) {
+  if (c.counts)
+    return gather(c, rows, slice, slices, counts, index, mask, value, reinterpret_cast<int*>(found));
+  const int low = share_of(c.size, slice, slices), high = share_of(c.size, slice + 1, slices);
+  for (int i = low + threadIdx.x; i < high; i += blockDim.x) {
+    index[i - low] = c.index[i];
+    if (mask) mask[i - low] = (1 << rows) - 1;
   }
-  const Range range =
-      compact_one(count, slice, slices, counts, index, mask, value,
-                  [&](int first, int next) {
-                    const int i[2] = {first, next};
-                    return look_at_candidates(c, count, i, found);
-                  },
-                  [&](int i) { return found[i]; });
-  if (c.index || c.mean) {
-    for (int i = threadIdx.x; i < range.count; i += blockDim.x) {
-      if (c.index) index[i] = c.index[index[i]];
-      if (c.mean) value[i] -= c.mean[index[i]];
-    }
-    __syncthreads();
-  }
-  return range;
+  __syncthreads();
+  return Range{low, high - low, c.size};
 }
-

@@ -1,0 +1,304 @@
+"""The CUDA kernels at Llama-3-8B's shape on random weights, without a model: decode steps, and products beside cuBLAS.
+
+    python benchmarks/cuda.py steps dense chess:0.5 teal:0.5 coreinfer:0.6 relu svdp
+    python benchmarks/cuda.py products
+
+A step is checked against a float32 forward pass; its thresholds are quantiles of the token's own activations, layer by layer,
+so that the sparsity is exact.  ReGLU models have a gate of rank 512 with a bias that leaves 10 % positive, and a predictor, its
+factors, that names 25 %.  Times are medians of CUDA-graph replays.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actsparse.kernels import Rules
+from actsparse.kernels.cuda import compiler, decoder, products
+from actsparse.kernels.cuda.launches import Builder, Matrix, input_of
+
+H, N, LAYERS, HEADS, KV, D, V = 4096, 14336, 32, 32, 8, 128, 128256
+CONTEXT, LENGTH, EPS, TOKEN = 128, 256, 1e-5, 17
+DEVICE, DTYPE = "cuda", torch.bfloat16
+
+
+def timed(run: Any, times: int = 12, repeats: int = 5) -> tuple[float, float, float]:
+    """Median, least and most of ``repeats`` means, in ms."""
+    found = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(times):
+            run()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / times)
+    return statistics.median(found), min(found), max(found)
+
+
+def copy_rate() -> float:
+    """Of a large copy on the device, bytes read and written, in GB/s."""
+    source = torch.empty(1 << 30, dtype=torch.float32, device=DEVICE)
+    target = torch.empty_like(source)
+    return 8 * source.numel() / timed(lambda: target.copy_(source), 5)[0] / 1e6
+
+
+def random(*shape: int, scale: float) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=DTYPE).mul_(scale)
+
+
+def by_columns(weight: Tensor) -> Tensor:
+    return weight.t().contiguous().t()
+
+
+# ---- the decode step ----------------------------------------------------------------------------------------------------
+
+
+def weights_of_layer() -> SimpleNamespace:
+    return SimpleNamespace(
+        q=random(H, H, scale=H**-0.5), k=random(KV * D, H, scale=H**-0.5), v=random(KV * D, H, scale=H**-0.5),
+        o=random(H, H, scale=H**-0.5), gate=random(N, H, scale=H**-0.5), up=random(N, H, scale=H**-0.5),
+        down=random(H, N, scale=N**-0.5), keys=random(KV, LENGTH, D, scale=1.0), values=random(KV, LENGTH, D, scale=1.0),
+    )  # fmt: skip
+
+
+def make_relu(w: SimpleNamespace) -> None:
+    w.b, w.a = random(N, 512, scale=512**-0.5), random(512, H, scale=H**-0.5)
+    w.gate = (w.b.float() @ w.a.float()).to(DTYPE)
+    w.gate_bias = torch.full((N,), -1.2816, device=DEVICE)
+    w.predictor_bias = torch.full((N,), -0.6745, device=DEVICE)
+
+
+def threshold_of(values: Tensor, sparsity: float) -> float:
+    """Near the quantile, in the widest gap there: no rounding moves a value across it."""
+    v = values.abs().sort().values
+    k, near = int(len(v) * sparsity), max(8, len(v) // 100)
+    low, high = max(0, k - near), min(len(v) - 1, k + near)
+    i = int((v[low + 1 : high + 1] - v[low:high]).argmax()) + low
+    return float(v[i] + v[i + 1]) / 2
+
+
+def cut(values: Tensor, sparsity: float) -> tuple[Tensor, float]:
+    least = threshold_of(values, sparsity)
+    return torch.where(values.abs() < least, torch.zeros_like(values), values), least
+
+
+def normed(x: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).mean() + EPS)
+
+
+def rotary() -> tuple[Tensor, Tensor]:
+    frequencies = 500000 ** -(torch.arange(0, D, 2, device=DEVICE).float() / D)
+    angles = torch.arange(LENGTH, device=DEVICE).float()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotated(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    a, b = x.view(-1, D)[:, : D // 2], x.view(-1, D)[:, D // 2 :]
+    c, s = (table[CONTEXT] for table in tables)
+    return torch.cat([a * c - b * s, b * c + a * s], 1)
+
+
+def attended(w: SimpleNamespace, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    q, k = rotated(q, tables).view(KV, HEADS // KV, D), rotated(k, tables)
+    keys = torch.cat([w.keys[:, :CONTEXT].float(), k.to(DTYPE).float()[:, None]], 1)
+    values = torch.cat([w.values[:, :CONTEXT].float(), v.view(KV, 1, D).to(DTYPE).float()], 1)
+    return ((q @ keys.transpose(1, 2) * D**-0.5).softmax(-1) @ values).reshape(-1)
+
+
+def forward(
+    layers: list[SimpleNamespace], embedding: Tensor, head: Tensor, method: str, sparsity: float
+) -> tuple[Any, ...]:
+    """Float32 logits, and for each layer its attention thresholds and the rules of its block."""
+    tables, found = rotary(), []
+    x = embedding[TOKEN].float()
+    full = lambda value, size: torch.full((size,), value, device=DEVICE)  # noqa: E731
+    for w in layers:
+        sites: dict[str, Tensor] = {}
+        a = normed(x)
+        cut_a, least = cut(a, sparsity) if method in ("chess", "teal") else (a, 0.0)
+        if method in ("chess", "teal"):
+            names = ("q",) if method == "chess" else ("q", "k", "v")
+            sites |= {f"{name}_threshold": full(least, H) for name in names}
+        kv = cut_a if method == "teal" else a
+        y = attended(w, w.q.float() @ cut_a, w.k.float() @ kv, w.v.float() @ kv, tables)
+        if method in ("chess", "teal"):
+            y, least = cut(y, sparsity)
+            sites["o_threshold"] = full(least, H)
+        x = x + w.o.float() @ y
+        a = normed(x)
+        rules: dict[str, Any] = {"activation": "silu"}
+        if method == "teal":
+            a, least = cut(a, sparsity)
+            rules |= {"gate_in_threshold": full(least, H), "up_in_threshold": full(least, H)}
+        gate = w.gate.float() @ a
+        if method in ("relu", "svdp"):
+            rules = {"activation": "relu", "gate_bias": w.gate_bias, "gate_threshold": full(1e-30, N)}
+            gate = torch.relu(gate + w.gate_bias)
+            if method == "svdp":
+                rules |= {"predictor_a": w.a, "predictor_b": w.b, "predictor_bias": w.predictor_bias}
+                gate = torch.where(w.b.float() @ (w.a.float() @ a) + w.predictor_bias > 0, gate, torch.zeros_like(gate))
+        else:
+            gate = torch.nn.functional.silu(gate)
+        if method in ("chess", "cats"):
+            gate, least = cut(gate, sparsity)
+            rules["gate_threshold"] = full(least, N)
+        if method == "coreinfer":
+            rules["neurons"] = torch.randperm(N, device=DEVICE)[: round(N * (1 - sparsity))].sort().values.int()
+            gate = torch.zeros_like(gate).index_copy(0, rules["neurons"].long(), gate[rules["neurons"].long()])
+        h = gate * (w.up.float() @ a)
+        if method == "teal":
+            h, least = cut(h, sparsity)
+            rules["value_threshold"] = full(least, N)
+        x = x + w.down.float() @ h
+        found.append((sites, rules))
+    return head.float() @ normed(x), found
+
+
+def decoder_for(
+    layers: list[SimpleNamespace], embedding: Tensor, head: Tensor, method: str, found: Any
+) -> decoder.Decoder:
+    norm = decoder.norm_of(torch.ones(H, device=DEVICE), eps=EPS)
+    cosine, sine = rotary()
+    columns = {"teal": "q k v o gate up down", "chess": "q o down", "dense": ""}.get(method, "down").split()
+    made = []
+    for w, (sites, rules) in zip(layers, found, strict=True):
+        part = {
+            name: by_columns(getattr(w, name)) if name in columns else getattr(w, name)
+            for name in ("q", "k", "v", "o", "gate", "up", "down")
+        }
+        made.append(
+            decoder.layer_of(
+                input_norm=norm, post_norm=norm, k_cache=w.keys, v_cache=w.values,
+                **{name: decoder.matrix_of(part[name]) for name in "qkvo"},
+                ffn=decoder.ffn_of(part["gate"], part["up"], part["down"], Rules(**rules)), **sites,
+            )
+        )  # fmt: skip
+    return decoder.decoder_of(
+        made, heads=HEADS, kv_heads=KV, head_dim=D, embedding=decoder.matrix_of(embedding), lm_head=decoder.matrix_of(head),
+        final_norm=norm, cosine=cosine, sine=sine, attention_scale=D**-0.5,
+    )  # fmt: skip
+
+
+def kernels_of_a_layer(step: decoder.Decoder) -> str:
+    """From each kernel's end to the next one's, medians over the layers of three replays, in us."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            step.step()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if "_kernel" in event.name]
+    events = sorted(events, key=lambda event: event.time_range.end)[-len(step.launches) :]
+    each = (len(events) - 2) // LAYERS
+    found = []
+    for j in range(each):
+        pairs = zip(events[j:-1:each], events[1 + j : -1 : each], strict=False)
+        took = statistics.median(after.time_range.end - before.time_range.end for before, after in pairs)
+        found.append(f"{events[1 + j].name.removesuffix('_kernel')} {took:.1f}")
+    return ", ".join(found)
+
+
+def steps(modes: list[str]) -> None:
+    layers = [weights_of_layer() for _ in range(LAYERS)]
+    embedding, head = random(V, H, scale=1.0), random(V, H, scale=H**-0.5)
+    bytes_read = 2 * (LAYERS * (2 * H * H + 2 * KV * D * H + 3 * H * N) + V * H)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a copy {copy_rate():.0f} GB/s")
+    first = 0.0
+    for mode in modes:
+        method, _, sparsity = mode.partition(":")
+        if method in ("relu", "svdp") and not hasattr(layers[0], "gate_bias"):
+            for w in layers:
+                make_relu(w)
+        want, found = forward(layers, embedding, head, method, float(sparsity or 0))
+        step = decoder_for(layers, embedding, head, method, found)
+        step.state.copy_(torch.tensor([TOKEN, CONTEXT], dtype=torch.int32))
+        step.step()
+        got = step.logits.clone()
+        step.step()
+        assert torch.equal(got, step.logits), "the same token gave other bits"
+        took, least, most = timed(step.step)
+        first = first or took
+        error = float((got - want).norm() / want.norm())
+        share = f", reads {bytes_read / took / 1e6:.0f} GB/s" if method == "dense" else ""
+        print(
+            f"{mode}: {took:.3f} ms ({least:.3f} to {most:.3f}), {first / took:.2f} x the first, error {error:.1e}{share}"
+        )
+        print(f"    {kernels_of_a_layer(step)}", flush=True)
+        del step
+        torch.cuda.empty_cache()
+
+
+# ---- single products ----------------------------------------------------------------------------------------------------
+
+
+def captured(run: Any, count: int) -> float:
+    """One of ``count`` launches in a graph, in us."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return 1e3 * timed(graph.replay, 2, 7)[0] / count
+
+
+def products_beside_cublas() -> None:
+    """Weights are rotated past L2; several rows keep the same columns.  Cuts are (columns of a block, splits)."""
+    for name, out, inn in (("qkv", 6144, H), ("o", H, H), ("gate", N, H), ("down", H, N)):
+        count = max(8, int(600e6 // (2 * out * inn)) + 1)
+        weights = [random(out, inn, scale=inn**-0.5) for _ in range(count)]
+        columns = [by_columns(weight) for weight in weights]
+        for rows in (1, 4, 8):
+            x = random(1, inn, scale=1.0).expand(rows, inn).contiguous()
+            y = [torch.empty(rows, out, device=DEVICE, dtype=DTYPE) for _ in range(count)]
+            pairs = list(zip(weights, y, strict=True))
+            cublas = captured(lambda pairs=pairs: [torch.mm(x, w.t(), out=to) for w, to in pairs], count)  # noqa: B023
+            print(f"{name} {rows} rows: cuBLAS {cublas:.1f} us")
+
+            def ours(product: Any, x: Tensor = x, rows: int = rows, count: int = count) -> float:
+                build = Builder(products.machine_of(x), x.device, rows)
+                for k in range(count):
+                    product(build, k)
+                return captured(lambda: compiler.run(build.launches, x.device, DTYPE, rows), count)
+
+            try:
+                took = ours(lambda b, k: b.rows_product(input_of(x, inn), [Matrix(weights[k])], rounded=y[k]))  # noqa: B023
+                print(f"    by rows {took:.1f} ({cublas / took:.2f} x)")
+            except ValueError as error:
+                print(f"    by rows: {error}")
+            for density in (1.0, 0.5, 0.1):
+                least = torch.full(
+                    (inn,), threshold_of(x[0].float(), 1 - density) if density < 1 else 0.0, device=DEVICE
+                )
+                found = []
+                for cut_to in ((0, 0), (64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (256, 2), (256, 5), (256, 8)):
+
+                    def product(build: Builder, k: int, cut_to: tuple[int, int] = cut_to) -> None:
+                        build.columns_product(
+                            input_of(x, inn), [(Matrix(columns[k]), least)], rounded=y[k], tile=cut_to[0], splits=cut_to[1]  # noqa: B023
+                        )  # fmt: skip
+
+                    try:
+                        found.append((ours(product), cut_to))
+                    except ValueError as error:
+                        print(f"    columns {cut_to}: {error}")
+                        break
+                if found:
+                    best = min(found)
+                    print(
+                        f"    {density:.0%} of the columns: {found[0][0]:.1f} ({cublas / found[0][0]:.2f} x); "
+                        f"best cut {best[1]} {best[0]:.1f} ({cublas / best[0]:.2f} x)", flush=True,
+                    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    if sys.argv[1:2] == ["steps"]:
+        steps(sys.argv[2:])
+    elif sys.argv[1:] == ["products"]:
+        products_beside_cublas()
+    else:
+        sys.exit(__doc__)

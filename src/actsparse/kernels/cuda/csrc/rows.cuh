@@ -1,0 +1,185 @@
+// The product by rows.  Letters: B rows of x, I inputs, O outputs.  Sums have a fixed order: no atomics.
+enum Mode { RAW = 0, ACTIVATED = 1, PAIRED = 2, TIMES_SOURCE = 3 };
+
+struct Job {                // one matrix
+  const u16* w;             // [O, stride] by rows or [I, stride] by columns
+  const float* bias;        // [O]
+  const float* threshold;   // [I], by columns only
+  float* y;                 // [S, B, O]
+  u16* rounded;             // [B, O] instead of y
+  i64 stride;
+  int out, begin;           // outputs; first unit of work (row or tile)
+};
+
+struct Rows {
+  Input input;
+  Candidates candidates;
+  Job job[3];
+  List list;                // results instead of y
+  int jobs, units, mode, activation, second_activation, rows, prefetch_rows, beside;
+};
+
+constexpr int RING = AS_RING;  // 16-byte copies under way per thread
+constexpr int PART = 2048;     // inputs of a row that one warp takes at a time
+
+AS_DEVICE const Job& job_of(const Job* job, int jobs, int unit) {
+  if (jobs > 2 && unit >= job[2].begin) return job[2];
+  if (jobs > 1 && unit >= job[1].begin) return job[1];
+  return job[0];
+}
+
+// What a block's warps multiply: items are parts of rows.  `chosen` null: rows begin, begin + 1, ...
+struct Items {
+  const Rows& p;
+  const int* chosen;
+  int begin, count, parts, per_unit;
+
+  // Where the lane's first values of an item lie in its row, and where the row begins.
+  AS_MEMBER const u16* row_of(int item, int& from) const {
+    const int unit = item / per_unit, rest = item - unit * per_unit;
+    const int matrix = rest >= parts ? 1 : 0;
+    const int number = chosen ? chosen[unit] : begin + unit;
+    from = (rest - matrix * parts) * PART + 8 * (threadIdx.x & 31);
+    const bool paired = p.mode == PAIRED;
+    const Job& job = paired ? p.job[matrix] : job_of(p.job, p.jobs, number);
+    return job.w + (i64)(number - (paired ? 0 : job.begin)) * job.stride;
+  }
+};
+
+// A warp's weights, copied ahead of their use into its ring: each lane copies what it will multiply itself.
+struct Ahead {
+  u16* ring;                // this lane's 16 bytes of the first stage
+  const u16* row;
+  int item, from, slot;
+
+  AS_MEMBER void next(const Items& items, int size) {
+    if (item < items.count * items.per_unit) {
+      if (!row) row = items.row_of(item, from);
+      if (from < size) copy_async(ring + slot * 256, row + from);
+      from += 256;
+      const int past = from - 8 * (int)(threadIdx.x & 31);
+      if (past >= size || past % PART == 0) {
+        row = nullptr;
+        item += blockDim.x >> 5;
+      }
+    }
+    close_copies();
+    slot = (slot + 1) % RING;
+  }
+};
+
+// y = W x by rows: all of them, or those that are candidates.  PAIRED: jobs 0 and 1 side by side, one unit each.
+AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
+  AS_SHARED;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, blocks = gridDim.x;
+  const bool listed = p.candidates.size > 0, paired = p.mode == PAIRED;
+  const int size = p.input.size, parts = (size + PART - 1) / PART, per_unit = paired ? 2 * parts : parts;
+  const int half = half_of(size), most = ((p.units + blocks - 1) / blocks + 4) & ~3;
+  u16* const ring = reinterpret_cast<u16*>(shared);
+  float* const x = shared + warps * RING * 128;
+  float* const scratch = x + B * stored_size(size);
+  float* const results = scratch + 32;
+  float* const source = results + (i64)most * per_unit * B;
+  int* const chosen = reinterpret_cast<int*>(source + most * B);
+  int* const masks = chosen + most;
+  const int first = share_of(p.units, blockIdx.x, blocks);
+  Items items{p, listed ? chosen : nullptr, first, share_of(p.units, blockIdx.x + 1, blocks) - first, parts, per_unit};
+  Ahead ahead{ring + warp * RING * 256 + 8 * lane, nullptr, warp, 0, 0};
+  // Weights depend on nothing: the first ones come in while the kernel before is still running.
+  if (!listed) {
+#pragma unroll 1
+    for (int s = 0; s < RING; ++s) ahead.next(items, size);
+    const int unit = first + warps / per_unit + (int)threadIdx.x;  // after those in the ring
+    if ((int)threadIdx.x < p.prefetch_rows && unit < first + items.count && !paired) {
+      const Job& job = job_of(p.job, p.jobs, unit);
+      prefetch(job.w + (i64)(unit - job.begin) * job.stride, (u32)size * 2);
+    }
+  }
+  const Early early = load_early(p.input);
+  if (p.beside) let_next_start();
+  else wait_for_previous();
+  if (listed) {
+    const Range range = named(p.candidates, p.rows, blockIdx.x, blocks, reinterpret_cast<int*>(scratch), chosen, masks, source,
+                              reinterpret_cast<float*>(masks + most));
+    items.count = range.count;
+#pragma unroll 1
+    for (int s = 0; s < RING; ++s) ahead.next(items, size);
+  }
+  load_input(p.input, p.rows, early, x, scratch);
+  int slot = 0;
+#pragma unroll 1
+  for (int item = warp; item < items.count * per_unit; item += warps) {
+    const int from = (item % parts) * PART + 8 * lane;
+    float sum[B];
+    for (int b = 0; b < B; ++b) sum[b] = 0.0f;
+#pragma unroll 1
+    for (int k = from; k - 8 * lane < size && k < from + PART; k += 256) {
+      wait_for_copies<RING - 1>();
+      const Vec8 w = *reinterpret_cast<const Vec8*>(ring + (warp * RING + slot) * 256 + 8 * lane);
+      if (k < size) {
+        float v[8];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) widen2(w.w[e], v[2 * e], v[2 * e + 1]);
+#pragma unroll
+        for (int b = 0; b < B; ++b) {
+          const float4 low = *reinterpret_cast<const float4*>(x + b * 2 * half + (k >> 1));
+          const float4 high = *reinterpret_cast<const float4*>(x + b * 2 * half + half + (k >> 1));
+          sum[b] += v[0] * low.x + v[1] * low.y + v[2] * low.z + v[3] * low.w;
+          sum[b] += v[4] * high.x + v[5] * high.y + v[6] * high.z + v[7] * high.w;
+        }
+      }
+      ahead.next(items, size);
+      slot = (slot + 1) % RING;
+    }
+    for (int b = 0; b < B; ++b) {
+      const float whole = warp_sum(sum[b]);
+      if (lane == 0) results[item * B + b] = whole;
+    }
+  }
+  __syncthreads();
+  if (p.beside) wait_beside();
+  // One unit a thread; where results form a list, those of a block that pass go to its segment, in their order.
+  int passed = 0;
+#pragma unroll 1
+  for (int start = 0; start < items.count; start += blockDim.x) {
+    const int unit = start + threadIdx.x;
+    const bool inside = unit < items.count;
+    const int number = !inside ? 0 : listed ? chosen[unit] : first + unit;
+    const Job& job = paired ? p.job[0] : job_of(p.job, p.jobs, number);
+    const int row = number - (paired ? 0 : job.begin);
+    float value[B];
+    int mask = 0;
+    for (int b = 0; b < B; ++b) {
+      value[b] = 0.0f;
+      if (!inside || b >= p.rows) continue;
+      float r = 0.0f, second = 0.0f;
+#pragma unroll 1
+      for (int part = 0; part < parts; ++part) r += results[(unit * per_unit + part) * B + b];
+      if (job.bias) r += job.bias[row];
+      if (paired) {
+#pragma unroll 1
+        for (int part = 0; part < parts; ++part) second += results[(unit * per_unit + parts + part) * B + b];
+        if (p.job[1].bias) second += p.job[1].bias[row];
+      }
+      if (p.mode == TIMES_SOURCE) {
+        r = source[unit * B + b] * activate(p.second_activation, r);
+      } else if (p.mode != RAW) {
+        r = activate(p.activation, r);
+        if (paired) r *= activate(p.second_activation, second);
+      }
+      if (p.list.value) {
+        if (p.list.keeps(r, number) && (!listed || masks[unit] >> b & 1)) {
+          mask |= 1 << b;
+          value[b] = r - (p.list.mean ? p.list.mean[number] : 0.0f);
+        }
+      } else if (job.rounded) {
+        job.rounded[(i64)b * job.out + row] = narrow(r);
+      } else {
+        job.y[(i64)b * job.out + row] = r;
+      }
+    }
+    if (p.list.value) passed = p.list.append(passed, number, mask, value, p.rows, reinterpret_cast<int*>(scratch));
+  }
+  if (p.list.value && threadIdx.x == 0) p.list.counts[blockIdx.x] = passed;
+  if (!items.count) linger();
+}
