@@ -353,11 +353,11 @@ class _Step:
             k_norm.eps if k_norm else 0.0,
         )  # fmt: skip
         size, group = decoder.head_dim, decoder.group
-        together = decoder.machine.lot // size
+        held = decoder.machine.lot // size
         warps = _ATTENTION_THREADS // 32
         floats = (
             (group + 6) * size
-            + group * together
+            + group * held
             + 4 * ((3 * group + 3) // 4)
             + warps * group * size
             + 2 * decoder.machine.lot
@@ -389,7 +389,9 @@ class _Step:
         by_columns = {name: site for name, site in sites.items() if site[0].columns}
         by_rows = {name: site for name, site in sites.items() if not site[0].columns}
         if by_columns:
-            results |= zip(by_columns, self._build.columns_product(x, list(by_columns.values())), strict=True)
+            columns = self._build.columns_product(x, list(by_columns.values()))
+            assert isinstance(columns, list)
+            results |= zip(by_columns, columns, strict=True)
         if by_rows:
             got = self._build.rows_product(
                 x, [matrix for matrix, _ in by_rows.values()], prefetch=prefetch, beside=bool(by_columns)
