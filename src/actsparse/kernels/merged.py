@@ -9,15 +9,16 @@ Shape letters: H hidden, N neurons, R rank, B rows of x; "..." any leading dimen
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import cpu, cuda
-from .cuda.launches import Builder, Kept, Machine, Matrix, input_of
+from .cuda.launches import Builder, Machine, Matrix, input_of
 from .cuda.products import Run, machine_of
-from .cuda.structures import Parts
+from .cuda.structures import Candidates, Parts
 from .reference import ACTIVATIONS, keep
 from .rules import Rules
 
@@ -109,30 +110,42 @@ def on_cuda(
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     count, neurons = len(rows), up.shape[0]
-    build, source = Builder(machine or machine_of(x), x.device, count), input_of(rows, rows.shape[-1])
+    machine = machine or machine_of(x)
+    source = input_of(rows, rows.shape[-1])
     g, u = rows.new_zeros(count, neurons, dtype=torch.float32), rows.new_zeros(count, neurons)
-    score: Parts | None = None
+    build = Builder(machine, x.device, count)
+    allowed: Tensor | None = None
     if rules.predictor_a is None or rules.predictor_b is None:
         build.rows_product(source, [Matrix(gate, rules.gate_bias)], out=g)
     else:
         low, scores = (rows.new_empty(count, size, dtype=torch.float32) for size in (len(rules.predictor_a), neurons))
         build.rows_product(source, [Matrix(rules.predictor_a)], out=low)
-        inner, score = Parts(low, 1, low.shape[1]), Parts(scores, 1, neurons)
         build.rows_product(
-            input_of(inner, inner.size), [Matrix(rules.predictor_b, rules.predictor_bias)], out=scores, keep=(low,)
-        )
-        chosen, alive = build.candidates_of(Kept(score), positive=True)
-        build.rows_product(source, [Matrix(gate, rules.gate_bias)], candidates=chosen, out=g, keep=alive)
-    # What the predictor does not name has g = 0, which every threshold above 0 drops.
-    passing, alive = build.candidates_of(
-        Kept(Parts(g, 1, neurons)), threshold=rules.gate_threshold, activation=rules.activation
-    )
-    build.rows_product(source, [Matrix(up, rules.up_bias)], candidates=passing, rounded=u, keep=alive)
+            input_of(Parts(low, 1, low.shape[1]), low.shape[1]), [Matrix(rules.predictor_b, rules.predictor_bias)],
+            out=scores, keep=(low,),
+        )  # fmt: skip
+        run(build.launches, x.device, x.dtype, count)
+        allowed = ~(scores <= 0)
+        build = Builder(machine, x.device, count)
+        build.rows_product(source, [Matrix(gate, rules.gate_bias)], out=g, **_listed(allowed))
     run(build.launches, x.device, x.dtype, count)
-    kept = _kept(g, rules, None if score is None else ~(score.total(count) <= 0))
+    kept = _kept(g, rules, allowed)
+    assert kept is not None
+    build = Builder(machine, x.device, count)
+    build.rows_product(source, [Matrix(up, rules.up_bias)], rounded=u, **_listed(kept))
+    run(build.launches, x.device, x.dtype, count)
     # A row's neurons that another row keeps were computed too.
-    u = u if kept is None else torch.where(kept, u, 0.0)
-    return torch.cat([g.to(x.dtype), u], -1).reshape(*x.shape[:-1], 2 * neurons)
+    return torch.cat([g.to(x.dtype), torch.where(kept, u, 0.0)], -1).reshape(*x.shape[:-1], 2 * neurons)
+
+
+def _listed(kept: Tensor) -> dict[str, Any]:
+    """The neurons that some row of kept [B, N] has, as a list in one segment; its length stays on the device."""
+    some, neurons = kept.any(0), kept.shape[1]
+    index = torch.argsort(some.logical_not().int(), stable=True).int()
+    counts, mask = some.sum(dtype=torch.int32).reshape(1), torch.full_like(index, (1 << len(kept)) - 1)
+    value = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device)
+    candidates = Candidates(value.data_ptr(), index.data_ptr(), mask.data_ptr(), counts.data_ptr(), neurons, 1, neurons)
+    return {"candidates": candidates, "units": neurons, "keep": (value, index, mask, counts)}
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
