@@ -37,6 +37,9 @@ class Step:
         norm_shift: what RMSNorm adds to its weights.
         attention_cap: whether ``attn_logit_softcapping`` of the configuration is applied.
         positions: learned positions, an embedding with an ``offset``.
+        layer_norms: whether norms are LayerNorm.
+        multipliers: whether embeddings, what blocks give, queries or logits are multiplied.
+        layers_differ: whether windows or rotary embeddings differ between layers, or leave out part of the head.
     """
 
     input_norm: str = "input_layernorm"
@@ -49,6 +52,9 @@ class Step:
     norm_shift: float = 0.0
     attention_cap: bool = False
     positions: str = ""
+    layer_norms: bool = False
+    multipliers: bool = False
+    layers_differ: bool = False
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -126,8 +132,10 @@ _EXPERTS = Family(
 FAMILIES: dict[str, Family] = {
     "llama": Family(example="meta-llama/Llama-3.2-1B", notes="ReLU variants (ProSparse) too"),
     "mistral": Family(example="mistralai/Mistral-7B-v0.3"),
-    "ministral": Family(example="mistralai/Ministral-8B-Instruct-2410"),
-    "ministral3": Family(example="mistralai/Ministral-3-3B-Instruct-2512 (its text model)"),
+    "ministral": Family(example="mistralai/Ministral-8B-Instruct-2410", step=Step(layers_differ=True)),
+    "ministral3": Family(
+        example="mistralai/Ministral-3-3B-Instruct-2512", notes="the text model", step=Step(multipliers=True)
+    ),
     "qwen2": Family(example="Qwen/Qwen2.5-1.5B"),
     "qwen3": Family(example="Qwen/Qwen3-1.7B"),
     "gemma": Family(example="google/gemma-2b", step=Step(norm_shift=1.0)),
@@ -135,7 +143,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(example="google/gemma-3-1b-it", step=_GEMMA_NORMS),
     "phi3": Family(
         example="microsoft/Phi-4-mini-instruct",
-        notes="Phi-3 and Phi-4: fused qkv and gate_up are split in place; longrope natively up to its original context",
+        notes="Phi-3 and Phi-4; qkv and gate_up split in place; longrope natively up to its original context",
         projections=(
             ("q", "self_attn.qkv_proj.q"),
             ("k", "self_attn.qkv_proj.k"),
@@ -148,7 +156,7 @@ FAMILIES: dict[str, Family] = {
         fused={"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")},
         activation_module="mlp.activation_fn",
     ),
-    "smollm3": Family(example="HuggingFaceTB/SmolLM3-3B"),
+    "smollm3": Family(example="HuggingFaceTB/SmolLM3-3B", step=Step(layers_differ=True)),
     "olmo2": Family(
         example="allenai/OLMo-2-0425-1B",
         step=Step(
@@ -158,10 +166,10 @@ FAMILIES: dict[str, Family] = {
             ffn_out_norm="post_feedforward_layernorm",
         ),
     ),
-    "granite": Family(example="ibm-granite/granite-3.3-2b-instruct"),
+    "granite": Family(example="ibm-granite/granite-3.3-2b-instruct", step=Step(multipliers=True)),
     "stablelm": Family(
         example="stabilityai/stablelm-2-1_6b",
-        step=Step(q_norm="self_attn.q_layernorm", k_norm="self_attn.k_layernorm"),
+        step=Step(q_norm="self_attn.q_layernorm", k_norm="self_attn.k_layernorm", layer_norms=True, layers_differ=True),
     ),
     # TurboSparse-Mistral and Bamboo: Mistral with ReLU on gate and up. Their configurations say so by this name alone.
     "bamboo": Family(example="PowerInfer/Bamboo-base-v0_1", notes="dReLU; needs its own code", up_activation="relu"),
@@ -184,6 +192,7 @@ FAMILIES: dict[str, Family] = {
             post_norm="final_layer_norm",
             final_norm="final_layer_norm",
             positions="embed_positions",
+            layer_norms=True,
         ),
     ),
     "mixtral": replace(_EXPERTS, example="mistralai/Mixtral-8x7B-v0.1"),

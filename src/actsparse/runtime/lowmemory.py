@@ -115,6 +115,8 @@ def open_mapped(directory: str, *, everything: bool = False) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtypes.pop())
     family = sites.family_of(model)
+    if not family.has_ffn:
+        raise ModelError(f"{config.model_type} models cannot be packed, nor decoded in low memory: {family.notes}")
     in_place = {family.stored(name).split(".")[-1] for name, _ in family.projections if name in sites.FFN_PROJECTIONS}
     state = {}
     for name, tensor in mapped.tensors.items():

@@ -332,9 +332,6 @@ def _cuda_obstacle(model: Any, step: Step) -> str | None:
         return "the CUDA decode step has no multipliers"
     if getattr(model.config, "final_logit_softcapping", None):
         return "the CUDA decode step has no caps"
-    norms = [_optional(layer.module, path) for layer in layers for path in step.norms]
-    if any(isinstance(norm, nn.LayerNorm) or hasattr(norm, "norms") for norm in norms):
-        return "the CUDA decode step has no LayerNorm"
     products = [layer.product(name) for layer in layers for name, _ in layer.family.projections]
     products += [model.get_input_embeddings(), model.get_output_embeddings()]
     if any(isinstance(product, PACKED) for product in products):
@@ -353,13 +350,14 @@ def _cuda_obstacle(model: Any, step: Step) -> str | None:
 
 def cuda_lacks(step: Step) -> str:
     """What a family's step has that the CUDA decode step lacks, in words; empty for nothing."""
-    plain = Step()
-    if step.norm_shift:
-        return "weights of norms that are shifted"
-    if step.attention_out_norm or step.ffn_out_norm or not step.input_norm or not step.post_norm:
-        return "norms of what blocks give"
-    if step.attention_cap:
-        return "caps"
-    if step.positions:
-        return "learned positions"
-    return "" if (step.q_norm, step.k_norm) == (plain.q_norm, plain.k_norm) else "norms of each head with own weights"
+    has = {
+        "norms with shifted weights": step.norm_shift != 0,
+        "norms of what blocks give": bool(step.attention_out_norm or step.ffn_out_norm),
+        "blocks without a norm before them": not (step.input_norm and step.post_norm),
+        "caps": step.attention_cap,
+        "learned positions": bool(step.positions),
+        "LayerNorm": step.layer_norms,
+        "multipliers": step.multipliers,
+        "layers with windows or rotary embeddings of their own": step.layers_differ,
+    }
+    return next((what for what, there in has.items() if there), "")
