@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import actsparse
 from actsparse.calibration import pack
@@ -144,7 +144,10 @@ def test_packed_models_decode_natively(case: str, tokenizer: Any, text_file: Pat
     tokens = tokens_of(20)
     got = native_logits(found, tokens, 9)
     # A prompt's last row is the head's only one in the step, and one of many in the modules: those read every plane.
-    assert error(got[1:], module_logits(found, tokens, 9)[1:]) < 1e-2
+    want = module_logits(found, tokens, 9)[1:]
+    assert error(got[1:], want) < 1e-2
+    again = AutoModelForCausalLM.from_pretrained(target)
+    assert error(module_logits(again, tokens, 9)[1:], want) < 1e-3
     # The codes stand for the model's own weights.
     assert error(got[:1], module_logits(model, tokens[:9], 9)[:1]) < 0.25
 
@@ -197,6 +200,20 @@ def test_split_layers_load_save_and_copy_as_the_fused_ones() -> None:
     halved = restore(model.half())
     assert torch.equal(halved.state_dict()["model.layers.0.mlp.gate_up_proj.weight"],
                        other.state_dict()["model.layers.0.mlp.gate_up_proj.weight"].half())  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["teal", "graded"])
+def test_a_saved_model_has_the_fused_tensors(method: str, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
+    model = family_model("phi3", vocab_size=4096)
+    want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sparsify(model, actsparse.calibrate(model, tokenizer, str(text_file), method=method, **TEXT))
+    logits = logits_of(model, (1, 1))
+    model.save_pretrained(tmp_path / "saved")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(found, (1, 1)), logits)
+    state = restore(found).state_dict()
+    assert state.keys() == want.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in want.items())
 
 
 @pytest.mark.parametrize("case", EXPERTS)

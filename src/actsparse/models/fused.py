@@ -99,6 +99,13 @@ def fuse(model: nn.Module) -> None:
             model.set_submodule(name, module.joined())
 
 
+def join_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Give the parts of fused layers that a state dict holds the fused layers' names and shapes, in place."""
+    for name, module in model.named_modules():
+        if isinstance(module, SplitLinear):
+            _join_state(module, state, f"{name}.", None)
+
+
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
     """The parts below each other; no copy where they lie so already."""
     first, at = parts[0], parts[0].storage_offset()

@@ -143,6 +143,7 @@ class _Awaited(nn.Module):
 
 def await_packed(model: Any, files: Iterable[Path]) -> list[str]:
     """Take out of a model on the meta device every linear layer that the files hold packed; returns their names."""
+    sites.layers_of(model)  # fused layers are packed by their parts
     names = []
     for file in files:
         with _opened(file) as tensors:
