@@ -334,12 +334,19 @@ def _cuda_obstacle(model: Any, step: Step) -> str | None:
         return "the CUDA decode step has no caps"
     products = [layer.product(name) for layer in layers for name, _ in layer.family.projections]
     products += [model.get_input_embeddings(), model.get_output_embeddings()]
-    if any(isinstance(product, PACKED) for product in products):
-        return "packed weights have no CUDA kernel"
-    obstacle = kernels.cuda.decoder.decoder_obstacle(head_dim, *(product.weight for product in products))
+    weights = (product.weight for product in products if not isinstance(product, PACKED))
+    obstacle = kernels.cuda.decoder.decoder_obstacle(head_dim, *weights)
     if obstacle:
         return str(obstacle)
+    for product in products:
+        if isinstance(product, PACKED) and (obstacle := kernels.cuda.graded.obstacle_of(product.packed)):
+            return str(obstacle)
     for layer in layers:
+        packed = [isinstance(layer.product(name), PACKED) for name, _ in layer.family.projections]
+        if any(packed):
+            if not all(packed):
+                return f"layer {layer.index} has packed and plain matrices, the CUDA decode step takes one kind"
+            continue
         gate, up, down = (layer.weight(name) for name in sites.FFN_PROJECTIONS)
         rules = layer.ffn.rules() if isinstance(layer.ffn, SparseFFN) else kernels.Rules(sites.activation_of(model))
         obstacle = kernels.cuda.ffn_obstacle(up[:1], gate, up, down, rules)
