@@ -214,7 +214,7 @@ def _share(model: Any, plan: Plan) -> Share | None:
     """This process's part of a model that is divided among several; ModelError where the plan or family cannot be."""
     # Packed weights, which have none of this name, are never divided.
     try:
-        share = share_of(getattr(sites.layers_of(model)[0].product("up"), "weight", None))
+        share = share_of(getattr(sites.layers_of(model)[0].product("q"), "weight", None))
     except ValueError as error:
         raise ModelError(str(error)) from None
     if share is None:
@@ -253,13 +253,18 @@ def _sparsify_layer(state: State, layer: sites.LayerSites, plan: Plan, activatio
         sparse = SparseLinear(linear, f"layers.{layer.index}.{projection}", threshold, plan.scope, added)
         _replace(state, layer, paths[projection], linear, sparse)
     if any(name in rules for name in FFN_RULES.values()):
-        _sparsify_ffn(state, layer, plan, rules, activation)
+        _sparsify_ffn(state, layer, plan, rules, activation, share)
     # Parts of a fused layer that were re-laid have storage of their own: no second copy stays behind.
     fused.settle(layer.module)
 
 
 def _sparsify_ffn(
-    state: State, layer: sites.LayerSites, plan: Plan, rules: Mapping[str, torch.Tensor], activation: str
+    state: State,
+    layer: sites.LayerSites,
+    plan: Plan,
+    rules: Mapping[str, torch.Tensor],
+    activation: str,
+    share: Share | None,
 ) -> None:
     paths = dict(layer.family.projections)
     linears = _ffn_linears(layer)
