@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from actsparse.methods import make
 from actsparse.models.sites import ModelError
 from actsparse.runtime.swap import restore, sparsify, state_of
 
+OPT = {"ffn_dim": 256, "word_embed_proj_dim": 48, "num_key_value_heads": 6}
 LLAMA_CPP = all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf"))
 
 
@@ -142,22 +144,47 @@ def test_neurons_chosen_per_prompt_are_decoded_natively() -> None:
     assert sparse.ffn_sparsity == pytest.approx(0.6 * 5 / 6, abs=0.05)
 
 
-@pytest.mark.parametrize("family", ["gemma", "opt"])
-def test_families_without_a_native_step_are_timed_through_their_modules(family: str, tiny) -> None:
-    changes = {"intermediate_size": 256} if family == "gemma" else {"ffn_dim": 256, "word_embed_proj_dim": 48}
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("cohere", {"intermediate_size": 256}, "family cohere has no native decode step"),
+        ("opt", OPT | {"do_layer_norm_before": False}, "its norms stand after the sums"),
+    ],
+)
+def test_models_without_a_native_step_are_timed_through_their_modules(
+    family: str, changes: dict[str, Any], reason: str, tiny
+) -> None:
     model = tiny(family, torch.bfloat16, **changes)
     quiet = {"progress": lambda done, total: None}
     plans = run.calibrate_on_random_tokens(model, make("chess"), [0.5], tokens=512, **quiet)
     said: list[str] = []
     report = run.measure(model, plans, run.Settings(8, 3, 2), say=said.append)
     eager, sparse = report.rows
-    assert said[0] == f"family {family} has no native decode step: decoding goes through transformers' modules"
+    assert said[0] == f"{reason}: decoding goes through transformers' modules"
     assert (eager.path, sparse.path) == ("transformers", "transformers")
     assert set(report.skipped) == {"dense", "llama.cpp"}
     assert eager.weights_read_bytes == weights_read(model).bytes > sparse.weights_read_bytes
     assert sparse.ffn_sparsity == pytest.approx(0.5, abs=0.15)
     assert len(sparse.decode_tok_s) == 2
     assert report.document()["results"][1]["overhead_share"] is None
+    assert state_of(model) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gemma2", {"intermediate_size": 256}), ("phi3", {"intermediate_size": 256}), ("opt", OPT)],
+)
+def test_families_with_a_native_step_are_checked_against_their_modules(
+    family: str, changes: dict[str, Any], tiny
+) -> None:
+    model = tiny(family, torch.bfloat16, **changes)
+    method = make("chess")
+    plans = run.calibrate_on_random_tokens(model, method, [0.5], tokens=512, progress=lambda done, total: None)
+    settings = run.Settings(8, 3, 1, llama_cpp=False)
+    _, dense, sparse = run.measure(model, plans, settings, say=lambda line: None).rows
+    assert dense.error is not None
+    assert sparse.error is not None
+    assert sparse.weights_read_bytes < dense.weights_read_bytes
     assert state_of(model) is None
 
 

@@ -139,7 +139,7 @@ def test_an_unsupported_family_is_refused_before_its_weights(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     said = refused(["calibrate", str(tmp_path / "model"), "--text", TEXT, "-o", str(tmp_path / "plan")], capsys)
-    assert "'gpt2' is not supported: expected one of" in said
+    assert "'gpt2' is not supported: its decoder has no list of layers; expected a family shaped like Llama" in said
     assert "llama" in said
 
 

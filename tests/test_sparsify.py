@@ -19,8 +19,8 @@ from actsparse.runtime.layers import Meter, SparseFFN, SparseLinear, is_columns
 from actsparse.runtime.swap import attach_meter, path_of, state_of
 
 TEXT_OPTIONS = {"tokens": 1024, "window": 64}
-# Families that transformers itself can build and whose block has a gate.
-GATED = [name for name in FAMILIES if name in CONFIG_MAPPING and name != "opt"]
+# Families that transformers itself can build, whose block has a gate and whose projections are layers of their own.
+GATED = [name for name, family in FAMILIES.items() if name in CONFIG_MAPPING and family.gated and not family.fused]
 
 
 def plan_for(model: Any, tokenizer: Any, text_file: Path, **options: Any) -> Plan:
@@ -227,7 +227,9 @@ def test_an_unsupported_family_is_refused_with_the_supported_ones(tokenizer: Any
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=4096, n_positions=64))
-    with pytest.raises(ModelError, match="family 'gpt2' is not supported: expected one of .*llama"):
+    with pytest.raises(
+        ModelError, match="family 'gpt2' is not supported: its decoder has no list of layers; expected .*llama"
+    ):
         plan_for(model, tokenizer, text_file)
 
 

@@ -19,9 +19,14 @@ from .bounds import U32, assert_within, stored
 class Llama:
     """A tiny random decoder with every option, stepped in plain PyTorch at any precision."""
 
-    def __init__(self, *, window: int, q_norms: bool, biases: bool, kind: str) -> None:
+    def __init__(
+        self, *, window: int, biases: bool, kind: str, q_norms: str = "", more: bool = False, parallel: bool = False
+    ) -> None:
         self.heads, self.kv_heads, self.dim, self.hidden, self.neurons = 6, 2, 16, 40, 70
         self.vocabulary, self.length, self.window, self.kind = 50, 24, window, kind
+        # Norms of what blocks give, half a head rotated, caps, positions, a scale by position.
+        self.q_norms, self.more, self.parallel = q_norms, more, parallel
+        self.rotary = self.dim // 2 if more else self.dim
         wide, narrow = self.heads * self.dim, self.kv_heads * self.dim
         shapes = {"q": (wide, self.hidden), "k": (narrow, self.hidden), "v": (narrow, self.hidden),
                   "o": (self.hidden, wide), "gate": (self.neurons, self.hidden), "up": (self.neurons, self.hidden),
@@ -34,7 +39,12 @@ class Llama:
             if kind == "layer":
                 layer |= {"n1_bias": torch.randn(self.hidden), "n2_bias": torch.randn(self.hidden)}
             if q_norms:
-                layer |= {"qn": torch.rand(self.dim) + 0.5, "kn": torch.rand(self.dim) + 0.5}
+                rows = {"alike": (1, 1), "each": (self.heads, self.kv_heads), "all": (self.heads, self.kv_heads)}[
+                    q_norms
+                ]
+                layer |= {n: torch.rand(count, self.dim) + 0.5 for n, count in zip(("qn", "kn"), rows, strict=True)}
+            if more:
+                layer |= {n: torch.rand(self.hidden) + 0.5 for n in ("n3", "n4")}
             layer |= {
                 "q_t": torch.rand(self.hidden) / 2,
                 "o_t": torch.rand(wide) / 4,
@@ -42,7 +52,10 @@ class Llama:
             }
             self.layers.append(layer)
         self.embedding, self.norm = torch.randn(self.vocabulary, self.hidden), torch.rand(self.hidden) + 0.5
-        angle = torch.outer(torch.arange(self.length).double(), 100.0 ** -(torch.arange(self.dim // 2) / 8.0))
+        angle = torch.outer(torch.arange(self.length).double(), 100.0 ** -(torch.arange(self.rotary // 2) / 8.0))
+        self.positions = torch.randn(self.length, self.hidden) if more else torch.zeros(self.length, self.hidden)
+        self.query_scale = 1 + torch.rand(self.length) if more else torch.ones(self.length)
+        self.attention_cap, self.logit_cap = (1.5, 2.0) if more else (0.0, 0.0)
         self.cosine, self.sine = angle.cos().float(), angle.sin().float()
 
     def widen(self, neurons: int) -> None:
@@ -81,15 +94,19 @@ class Llama:
             }
             entry = kernels.layer_of(
                 input_norm=norm(layer, "n1"), post_norm=norm(layer, "n2"), ffn=ffn, k_cache=caches[0],
+                attention_out_norm=norm(layer, "n3") if self.more else None, parallel=self.parallel,
+                ffn_out_norm=norm(layer, "n4") if self.more else None, heads_norm=self.q_norms or "alike",
                 v_cache=caches[1], q_threshold=layer["q_t"], o_threshold=layer["o_t"], **heads,
+                cosine=self.cosine, sine=self.sine, window=self.window,
                 **{name: matrix(layer, name) for name in "qkvo"},
             )  # fmt: skip
             layers.append(entry)
         return kernels.decoder_of(
             layers, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim,
             embedding=kernels.matrix_of(self.embedding), lm_head=None, final_norm=kernels.norm_of(self.norm, eps=1e-5),
-            cosine=self.cosine, sine=self.sine, attention_scale=self.dim**-0.5, window=self.window,
-            embedding_scale=1.5, logit_scale=0.5, residual_scale=0.75,
+            attention_scale=self.dim**-0.5, attention_cap=self.attention_cap, logit_cap=self.logit_cap,
+            positions=kernels.matrix_of(self.positions) if self.more else None,
+            query_scale=self.query_scale if self.more else None, embedding_scale=1.5, logit_scale=0.5, residual_scale=0.75,
         )  # fmt: skip
 
     def step(self, token: int, past: list[list[Tensor]], dtype: torch.dtype) -> Tensor:
@@ -109,40 +126,53 @@ class Llama:
 
         def rotate(x: Tensor, position: int) -> Tensor:
             cosine, sine = self.cosine[position].to(dtype).repeat(2), self.sine[position].to(dtype).repeat(2)
-            return x * cosine + torch.cat([-x[..., self.dim // 2 :], x[..., : self.dim // 2]], -1) * sine
+            x, rest = x[..., : self.rotary], x[..., self.rotary :]
+            turned = torch.cat([-x[..., self.rotary // 2 :], x[..., : self.rotary // 2]], -1)
+            return torch.cat([x * cosine + turned * sine, rest], -1)
 
-        h = 1.5 * self.embedding[token].to(dtype)
+        def heads_norm(x: Tensor, weight: Tensor) -> Tensor:
+            return rms(x.flatten(), weight.flatten()).view_as(x) if self.q_norms == "all" else rms(x, weight)
+
+        def capped(x: Tensor, cap: float) -> Tensor:
+            return cap * (x / cap).tanh() if cap else x
+
+        h = 1.5 * self.embedding[token].to(dtype) + self.positions[len(past[0])].to(dtype)
         for layer, cache in zip(self.layers, past, strict=True):
             position = len(cache)
             x = norm(layer, "n1", h)
             q = product(layer, "q", x, layer["q_t"]).view(self.heads, self.dim)
             k, v = (product(layer, name, x).view(self.kv_heads, self.dim) for name in "kv")
             if "qn" in layer:
-                q, k = rms(q, layer["qn"]), rms(k, layer["kn"])
+                q, k = heads_norm(q, layer["qn"]), heads_norm(k, layer["kn"])
             q, k = rotate(q, position), rotate(k, position)
             cache.append(torch.stack([k, v]))
             seen = torch.stack(cache[-self.window :] if self.window else cache)  # [T, 2, kv_heads, dim]
             keys, values = (
                 seen[:, i].repeat_interleave(self.heads // self.kv_heads, 1).transpose(0, 1) for i in range(2)
             )
-            weights = (keys @ q[..., None] * self.dim**-0.5).softmax(1)
+            scale = self.dim**-0.5 * self.query_scale[position].to(dtype)
+            weights = capped(keys @ q[..., None] * scale, self.attention_cap).softmax(1)
             mixed = (weights * values).sum(1).flatten()
-            h = h + 0.75 * product(layer, "o", mixed, layer["o_t"])
-            x = norm(layer, "n2", h)
+            mixed = product(layer, "o", mixed, layer["o_t"])
+            h = h + 0.75 * (norm(layer, "n3", mixed) if self.more else mixed)
+            x = x if self.parallel else norm(layer, "n2", h)
             gate = F.silu(product(layer, "gate", x))
             gate = torch.where(reference.keep(gate, layer["g_t"]), gate, 0.0)
-            h = h + 0.75 * product(layer, "down", gate * product(layer, "up", x))
-        return 0.5 * F.linear(rms(h, self.norm), self.embedding.to(dtype))
+            made = product(layer, "down", gate * product(layer, "up", x))
+            h = h + 0.75 * (norm(layer, "n4", made) if self.more else made)
+        return capped(0.5 * F.linear(rms(h, self.norm), self.embedding.to(dtype)), self.logit_cap)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"window": 0, "q_norms": False, "biases": False, "kind": "rms"},
-        {"window": 7, "q_norms": True, "biases": True, "kind": "rms"},
-        {"window": 0, "q_norms": False, "biases": True, "kind": "layer"},
+        {"window": 0, "biases": False, "kind": "rms"},
+        {"window": 7, "q_norms": "alike", "biases": True, "kind": "rms"},
+        {"window": 0, "biases": True, "kind": "layer"},
+        {"window": 5, "q_norms": "all", "biases": False, "kind": "rms", "more": True},
+        {"window": 0, "q_norms": "each", "biases": False, "kind": "rms", "parallel": True},
     ],
-    ids=["llama", "window-qknorm-bias", "layernorm"],
+    ids=["llama", "window-qknorm-bias", "layernorm", "norms-caps-positions", "parallel-norm-of-each-head"],
 )
 def test_decode_step(isa: str, threads: int, options: dict[str, object]) -> None:
     model = Llama(**options)  # type: ignore[arg-type]
@@ -163,7 +193,7 @@ def test_decode_step(isa: str, threads: int, options: dict[str, object]) -> None
         kernels.decode_step(decoder, model.vocabulary, 0, torch.empty(model.vocabulary))
 
 
-OPTIONS = {"window": 7, "q_norms": True, "biases": True, "kind": "rms"}
+OPTIONS = {"window": 7, "q_norms": "alike", "biases": True, "kind": "rms"}
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])

@@ -90,13 +90,13 @@ def test_a_decode_step_reads_packed_matrices_everywhere() -> None:
         kernels.layer_of(
             input_norm=kernels.norm_of(norm, eps=1e-5), post_norm=kernels.norm_of(norm, eps=1e-5),
             ffn=kernels.ffn_of(*(layer[n].matrix for n in ("gate", "up", "down")), kernels.Rules("silu")),
-            k_cache=cache[0], v_cache=cache[1], **{n: layer[n].matrix for n in "qkvo"},
+            k_cache=cache[0], v_cache=cache[1], cosine=cosine, sine=sine, **{n: layer[n].matrix for n in "qkvo"},
         )
         for layer, cache in zip(layers, caches, strict=True)
     ]  # fmt: skip
     native = kernels.decoder_of(
         entries, heads=heads, kv_heads=kv, head_dim=dim, embedding=kernels.matrix_of(embedding), lm_head=head.matrix,
-        final_norm=kernels.norm_of(norm, eps=1e-5), cosine=cosine, sine=sine, attention_scale=dim**-0.5,
+        final_norm=kernels.norm_of(norm, eps=1e-5), attention_scale=dim**-0.5,
     )  # fmt: skip
 
     def rms(x: torch.Tensor) -> torch.Tensor:

@@ -234,7 +234,8 @@ def site_bytes(model: Any, method: Method) -> list[dict[str, int]]:
         weights = {name: layer.linear(name).weight for name, _ in layer.family.projections}
         one = {name: weight.numel() * weight.element_size() for name, weight in weights.items()}
         # Without a gate it is up that decides, and is read in full.
-        one["ffn"] = one["up"] + one["down"] if layer.family.gated else one["down"]
+        if layer.family.has_ffn:
+            one["ffn"] = one["up"] + one["down"] if layer.family.gated else one["down"]
         sizes.append({site: one[site] for site in method.sites if site in one})
     return sizes
 

@@ -13,8 +13,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +26,11 @@ from safetensors.torch import save_file
 from actsparse.calibration.activity import activities
 from actsparse.calibration.allocation import ALLOCATIONS, Allocation, allocate
 from actsparse.calibration.budget import Budget, Scorer, search
+from actsparse.calibration.signals import DeferredSignals
 from actsparse.methods import Method, make
-from actsparse.methods.base import HEAD, Calibrated, Layer, Targets
+from actsparse.methods.base import HEAD, Calibrated, Layer, MethodError, Targets
 from actsparse.methods.statistics import MAX_TOKENS, Batch, CalibrationError, Statistic
-from actsparse.models import sites, text
+from actsparse.models import fused, sites, text
 from actsparse.plan import SCOPES, ModelIdentity, Plan, PlanError, atomic_path
 
 BATCH_TOKENS = 2048
@@ -130,6 +129,7 @@ def calibrate(
         for plan, path in zip(plans, plan_paths(output, targets), strict=True):
             plan.save(path)
         run.discard(Path(f"{output}.partial"))
+    fused.fuse(model)
     return plans[0] if isinstance(sparsity, int | float) or budget is not None else plans
 
 
@@ -213,6 +213,13 @@ class Calibration:
         self._model = model
         self._layers = sites.layers_of(model)
         self._views = [_view(layer, self.identity) for layer in self._layers]
+        family = self._layers[0].family
+        for method in methods:
+            if not family.has_ffn and not method.attention_alone:
+                raise MethodError(
+                    f"method {method.name} works on feed-forward blocks, which {self.identity.family} keeps out of reach: "
+                    f"{family.notes}"
+                )
         groups: dict[tuple[tuple[float, float], ...], _Group] = {}
         for method in methods:
             groups.setdefault(method.phases, _Group(method.phases, [])).methods.append(method)
@@ -232,7 +239,7 @@ class Calibration:
         per_group: list[list[dict[str, Statistic]]] = [[{} for _ in self._layers] for _ in self._groups]
         done, last_saved, current = 0, time.monotonic(), (-1, -1)
         live: list[dict[str, Statistic]] = []
-        with _deferred_signals() as stop:
+        with DeferredSignals() as stop:
             for number, (group, phase, batch) in enumerate(steps):
                 if (group, phase) != current:
                     live = self._open(self._groups[group], phase, per_group[group])
@@ -383,6 +390,7 @@ def _view(layer: sites.LayerSites, identity: ModelIdentity) -> Layer:
         lambda name: layer.linear(name).weight.detach(),
         lambda name: layer.linear(name).bias,
         gated=layer.family.gated,
+        has_ffn=layer.family.has_ffn,
     )
 
 
@@ -407,37 +415,3 @@ def _listen(layer: sites.LayerSites, statistics: Mapping[str, Statistic], where:
 
     wanted = sorted({tap for statistic in statistics.values() for tap in statistic.taps})
     return [layer.tap(tap, observer(tap)) for tap in wanted]
-
-
-class _deferred_signals:
-    """Hold back Ctrl-C and SIGTERM until the batch under way is whole; ``act`` then does what they asked for.
-
-    A second Ctrl-C acts at once.
-    """
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _deferred_signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = number
-
-    def act(self) -> None:
-        """Do what was held back, if anything was; the run it interrupted never goes on."""
-        if not self.asked:
-            return
-        if self.asked != signal.SIGINT:
-            signal.raise_signal(self.asked)
-        raise KeyboardInterrupt

@@ -171,6 +171,8 @@ class _Run:
         self.identity = ModelIdentity(**sites.describe(model))
         self._names = {module: name for name, module in model.named_modules()}
         # ModelError for anything but dense linear layers.
+        if not self._layers[0].family.has_ffn:
+            raise ModelError(f"{model.config.model_type} models cannot be packed: {self._layers[0].family.notes}")
         self._products: dict[int, dict[str, Any]] = {HEAD: {"head": model.get_output_embeddings()}}
         for layer in self._layers:
             self._products[layer.index] = {name: layer.linear(name) for name, _ in layer.family.projections}
@@ -300,6 +302,8 @@ class _Run:
         """The tensors of a layer, or of everything outside the layers, that are not packed matrices."""
         packed = {self._names[product] for products in self._products.values() for product in products.values()}
         inside = tuple(f"{self._names[one.module]}." for one in self._layers)
+        # Fused layers stand as one in the state dict, and are packed by their parts.
+        packed |= {f"{prefix}{path}" for prefix in inside for path in self._layers[0].family.fused}
         return {
             name: tensor.detach().clone()
             for name, tensor in self._model.state_dict().items()

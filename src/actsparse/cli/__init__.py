@@ -27,6 +27,7 @@ VERBS = {
     "bench": "decode speed: Hugging Face, our dense path, the sparse path, llama.cpp",
     "predictors": "report on a plan's predictors, or exchange them with PowerInfer",
     "neurons": "test on a model whether a text's most active neurons are stable and shared by similar texts",
+    "models": "list the families of models, and which of them decode natively",
     "doctor": "show what this machine offers and which kernels will run",
 }
 

@@ -45,6 +45,10 @@ def weights_read(model: Any, meter: Meter | None = None) -> WeightsRead:
     }
     counts = {site: _weights(module) for site, module in products.items()}
     stored = {site: _stored_bytes(module) for site, module in products.items()}
+    for layer in sites.layers_of(model):
+        if not layer.family.has_ffn:
+            site = f"layers.{layer.index}.experts"
+            counts[site], stored[site] = _experts(layer.ffn, model.config)
     head = model.get_output_embeddings()
     kept = {site: 1 - value for site, value in meter.sparsity().items()} if meter else {}
     if state and state.plan.evaluation_only:
@@ -57,7 +61,7 @@ def weights_read(model: Any, meter: Meter | None = None) -> WeightsRead:
             rules = module.rules()
             predictor = (rules.predictor_a, rules.predictor_b)
             extra += sum(matrix.numel() * matrix.element_size() for matrix in predictor if matrix is not None)
-    ffn = [site for site in counts if site.rpartition(".")[2] in sites.FFN_PROJECTIONS]
+    ffn = [site for site in counts if site.rpartition(".")[2] in (*sites.FFN_PROJECTIONS, "experts")]
     read = {site: size * kept.get(site, 1.0) for site, size in stored.items()}
     used = sum(read.values()) + extra
     ffn_used = sum(read[site] for site in ffn) + extra
@@ -71,6 +75,16 @@ def weights_read(model: Any, meter: Meter | None = None) -> WeightsRead:
         bits_read=8 * used / weights,
         bits_stored=8 * (sum(stored.values()) + extra) / weights,
     )
+
+
+def _experts(block: Any, config: Any) -> tuple[int, int]:
+    """Weights and bytes that a token reads of a block of experts: those it is sent to, of tensors stacked [experts, ...]."""
+    weights = size = 0
+    for parameter in block.parameters():
+        used = config.num_experts_per_tok / len(parameter) if parameter.dim() == 3 else 1.0
+        weights += round(parameter.numel() * used)
+        size += round(parameter.numel() * parameter.element_size() * used)
+    return weights, size
 
 
 def _weights(product: Any) -> int:

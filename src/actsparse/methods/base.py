@@ -30,6 +30,7 @@ class Layer:
 
     ``weight(projection)`` gives the logical [out, in] weight of ``q k v o gate up down`` (not a copy), ``bias(projection)``
     its bias or None.  A plain feed-forward block has no gate: ``gated`` is False, and ``up`` is what its activation sees.
+    ``has_ffn`` is False where the block (of experts) has no projections that can be sparsified.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Layer:
     weight: Callable[[str], torch.Tensor]
     bias: Callable[[str], torch.Tensor | None] = lambda projection: None
     gated: bool = True
+    has_ffn: bool = True
 
 
 @dataclass
@@ -94,6 +96,7 @@ class Method(ABC):
         scopes: the scopes its plans can have; the first is the usual one.
         activity: whether it needs the inputs of all products together with the loss's gradients, a layer at a time
             (``observe``), instead of statistics of taps.
+        attention_alone: whether it can work where only the attention's projections are to be had.
         budget: what a greedy allocation keeps within its share of skipped weights: each ``layer``, or the whole ``model``.
         options: the settings that the command line offers, as keyword arguments of ``add_argument`` by name; methods that
             offer one of the same name share it.
@@ -110,6 +113,7 @@ class Method(ABC):
     sites: ClassVar[tuple[str, ...]] = ("ffn",)
     scopes: ClassVar[tuple[str, ...]] = SCOPES
     activity: ClassVar[bool] = False
+    attention_alone: ClassVar[bool] = False
     budget: ClassVar[str] = "model"
     options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 

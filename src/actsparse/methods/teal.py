@@ -30,6 +30,7 @@ class Teal(Method):
     source = "arXiv:2408.14690"
     sites = tuple(INPUTS)
     budget = "layer"
+    attention_alone = True
 
     def statistics(self, layer: Layer, phase: int, earlier: Mapping[str, Statistic]) -> dict[str, Statistic]:
         return {
@@ -47,5 +48,6 @@ class Teal(Method):
 
 
 def inputs_of(layer: Layer) -> dict[str, str]:
-    """:data:`INPUTS` of the projections that the layer has: a plain block has no gate."""
-    return {projection: tap for projection, tap in INPUTS.items() if projection != "gate" or layer.gated}
+    """:data:`INPUTS` of the projections that the layer has: a plain block has no gate, one of experts none at all."""
+    absent = ("gate", "up", "down") if not layer.has_ffn else () if layer.gated else ("gate",)
+    return {projection: tap for projection, tap in INPUTS.items() if projection not in absent}

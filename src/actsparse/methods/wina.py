@@ -26,6 +26,7 @@ class Wina(Method):
     name = "wina"
     source = "arXiv:2505.19427"
     sites = tuple(INPUTS)
+    attention_alone = True
 
     def statistics(self, layer: Layer, phase: int, earlier: Mapping[str, Statistic]) -> dict[str, Statistic]:
         return {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from actsparse.models import directory
-from actsparse.models.sites import ModelError, family_of
+from actsparse.models.sites import FAMILIES, ModelError, family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,9 +52,9 @@ def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
         about = directory.of_config(config.to_dict())
         if about is not None and directory.holds_packed(about):
             raise ModelError(f"model {name} is packed, expected a dense one")
-        family_of(_Configured(config))
         if about is not None:
             without_plan(config)
+        check_family(config)
         with quiet():
             # Mismatches are let through here to be named below, all of them and on one line.
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -126,7 +126,19 @@ def materialise_buffers(model: Any) -> None:
     """Make the modules of a model from the meta device again whose buffers are computed (the rotary embedding's)."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            model.set_submodule(name, type(module)(config=model.config))
+            if isinstance(module, torch.nn.Embedding):  # Gemma's, which scales what it looks up
+                module.embed_scale = torch.tensor(module.scalar_embed_scale)
+            else:
+                model.set_submodule(name, type(module)(config=model.config))
+
+
+def check_family(config: Any) -> None:
+    """ModelError, before weights are read, for a model of ``config`` whose family will be refused."""
+    if config.model_type not in FAMILIES:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            family_of(AutoModelForCausalLM.from_config(config))
 
 
 def check_complete(name: str, missing: Iterable[str], mismatched: Iterable[str]) -> None:
@@ -156,14 +168,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if was_on:
             logging.enable_progress_bar()
-
-
-class _Configured(torch.nn.Module):
-    """A configuration dressed as a model, so that an unsupported family is refused before its weights are read."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
 
 
 def _check_directory(name: str) -> None:

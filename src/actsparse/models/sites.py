@@ -1,4 +1,4 @@
-"""Where the sites of each model family are: the only file that knows how families name their projections.
+"""The sites of a model: its decoder layers by the package's names, whatever its family (:mod:`.families`) calls them.
 
 A *projection* is one of ``q k v o gate up down``.  A *tap* is a place where calibration reads activations:
 
@@ -29,70 +29,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from actsparse.models import fused
+from actsparse.models.families import ATTENTION_PROJECTIONS, FAMILIES, FFN_PROJECTIONS, Family, ModelError, by_structure
+
+__all__ = ["ATTENTION_PROJECTIONS", "FAMILIES", "FFN_PROJECTIONS", "Family", "ModelError"]
+
 _FINGERPRINT = "actsparse_fingerprint"
 TAPS = ("attention_in", "o_in", "ffn_in", "gate", "up", "value")
-ATTENTION_PROJECTIONS = ("q", "k", "v", "o")
-FFN_PROJECTIONS = ("gate", "up", "down")
-
-
-class ModelError(ValueError):
-    """A model that this package cannot work on."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one model family lays out a decoder layer (attribute paths relative to the layer).
-
-    A plain family (``gated`` False) may keep its two projections and its activation in the layer itself; ``ffn`` is then
-    its first projection, where the block begins.  ``up_activation`` is what the block applies to W_up x.
-    """
-
-    attention: str = "self_attn"
-    ffn: str = "mlp"
-    projections: tuple[tuple[str, str], ...] = (
-        ("q", "self_attn.q_proj"),
-        ("k", "self_attn.k_proj"),
-        ("v", "self_attn.v_proj"),
-        ("o", "self_attn.o_proj"),
-        ("gate", "mlp.gate_proj"),
-        ("up", "mlp.up_proj"),
-        ("down", "mlp.down_proj"),
-    )
-    activation_module: str = "mlp.act_fn"
-    gated: bool = True
-    up_activation: str = "identity"
-    # A decoder layer that the native decode step reproduces: pre-norm RMSNorm, rotary position embedding on the whole
-    # head, no extra norms or multipliers beyond an optional per-head q/k norm.
-    native_decode: bool = True
-    q_norm: str = "self_attn.q_norm"
-    k_norm: str = "self_attn.k_norm"
-    input_norm: str = "input_layernorm"
-    post_norm: str = "post_attention_layernorm"
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "gemma": Family(native_decode=False),
-    # TurboSparse-Mistral and Bamboo: Mistral with ReLU on gate and up. Their configurations say so by this name alone.
-    "bamboo": Family(up_activation="relu"),
-    "opt": Family(
-        ffn="fc1",
-        projections=(
-            ("q", "self_attn.q_proj"),
-            ("k", "self_attn.k_proj"),
-            ("v", "self_attn.v_proj"),
-            ("o", "self_attn.out_proj"),
-            ("up", "fc1"),
-            ("down", "fc2"),
-        ),
-        activation_module="activation_fn",
-        gated=False,
-        native_decode=False,
-    ),
-}
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -107,15 +50,19 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class LayerSites:
-    """One decoder layer of a model: its modules by the package's names."""
+    """One decoder layer of a model: its modules by the package's names.
+
+    ``rows`` gives the rows of the projections that a fused layer holds; it stands as its parts whenever one is asked for.
+    """
 
     index: int
     module: nn.Module
     family: Family
+    rows: Mapping[str, int]
 
     def linear(self, projection: str) -> nn.Linear:
         """The nn.Linear behind ``projection``."""
-        module = self.module.get_submodule(dict(self.family.projections)[projection])
+        module = self.product(projection)
         if hasattr(module, "base_layer"):  # PEFT's
             raise ModelError(
                 f"layer {self.index} {projection} carries an adapter, expected nn.Linear: merge it, or take a plan that "
@@ -130,7 +77,13 @@ class LayerSites:
 
     def product(self, projection: str) -> Any:
         """The module behind ``projection``, of a dense or a sparsified model, or a stand-in with its sizes and weight."""
+        self.split()
         return self.module.get_submodule(dict(self.family.projections)[projection])
+
+    def split(self) -> None:
+        """Let fused layers stand as their parts (:mod:`.fused`)."""
+        if self.family.fused:
+            fused.split(self.module, self.family, self.rows)
 
     def weight(self, projection: str) -> torch.Tensor:
         """The weight of ``projection``, of a dense or a sparsified model."""
@@ -150,6 +103,7 @@ class LayerSites:
 
     def replace(self, path: str, module: nn.Module) -> None:
         """Put ``module`` at attribute ``path`` of the layer."""
+        self.split()
         self.module.set_submodule(path, module)
 
     def tap(self, name: str, observe: Callable[[torch.Tensor], None]) -> Any:
@@ -167,6 +121,8 @@ class LayerSites:
         def ones(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             observe(torch.ones_like(output))
 
+        if name in ("ffn_in", "gate", "up", "value") and not self.family.has_ffn:
+            raise ModelError(f"layer {self.index} has no feed-forward projections: {self.family.notes}")
         if self.family.up_activation != "identity" and name in ("gate", "up"):
             # dReLU: one activation module serves both projections, so its calls cannot be told apart.
             return self.linear(name).register_forward_hook(after_relu)
@@ -197,18 +153,33 @@ def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def family_of(model: Any) -> Family:
-    """The family of ``model``; ModelError, listing the supported ones, for any other."""
+    """The family of ``model``, by its configuration's name or by its structure; ModelError for one that is neither known nor
+    shaped like a known one."""
     name = getattr(getattr(model, "config", None), "model_type", None)
-    if name not in FAMILIES:
-        raise ModelError(f"model family {name!r} is not supported: expected one of {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name]
+    return FAMILIES[name] if name in FAMILIES else by_structure(model)
 
 
 def layers_of(model: Any) -> list[LayerSites]:
-    """The decoder layers of ``model``, first to last."""
+    """The decoder layers of ``model``, first to last; fused layers stand as their parts from now on (:mod:`.fused`)."""
     family = family_of(model)
-    decoder = model.get_decoder()
-    return [LayerSites(index, layer, family) for index, layer in enumerate(decoder.layers)]
+    rows = _rows(model.config) if family.fused else {}
+    layers = [LayerSites(index, layer, family, rows) for index, layer in enumerate(model.get_decoder().layers)]
+    for layer in layers:
+        layer.split()
+    return layers
+
+
+def heads_of(config: Any) -> tuple[int, int, int]:
+    """Query heads, key/value heads, head dimension."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _rows(config: Any) -> dict[str, int]:
+    heads, kv_heads, head_dim = heads_of(config)
+    neurons = config.intermediate_size
+    return {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "gate": neurons, "up": neurons}
 
 
 def activation_of(model: Any) -> str:
@@ -233,15 +204,15 @@ def describe(model: Any) -> dict[str, Any]:
         if (activation, family.up_activation) != ("relu", "relu"):
             raise ModelError(f"activation is {activation!r}, expected 'relu' for the family {config.model_type!r}")
         activation = "drelu"
-    heads = config.num_attention_heads
+    heads, kv_heads, head_dim = heads_of(config)
     return {
         "family": config.model_type,
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
-        "neurons": config.intermediate_size if family.gated else config.ffn_dim,
+        "neurons": config.ffn_dim if hasattr(config, "ffn_dim") else config.intermediate_size,
         "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
         "activation": activation,
         "fingerprint": fingerprint(model),
     }

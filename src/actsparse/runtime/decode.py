@@ -13,23 +13,15 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from actsparse import kernels
-from actsparse.kernels.parallel import share_of
 from actsparse.models import sites
-from actsparse.models.sites import LayerSites, ModelError
-from actsparse.runtime.graded import GradedLinear
-from actsparse.runtime.layers import SparseFFN, SparseLinear
-from actsparse.runtime.packed import PackedLinear
+from actsparse.models.sites import ModelError
+from actsparse.runtime import stepping
 from actsparse.runtime.prompts import read
 from actsparse.runtime.sessions import Session
 from actsparse.runtime.swap import prompts_of, state_of
-
-# Their frequencies change with the length of the text, so that no table made beforehand can hold them.
-_PACKED = (GradedLinear, PackedLinear)
-_CHANGING_ROPES = ("dynamic", "longrope")
 
 
 class Decoder:
@@ -50,11 +42,11 @@ class Decoder:
         state = state_of(model)
         if state is not None:
             state.plan.check_decodable()
-        obstacle = self.supports(model)
-        if obstacle is not None:
-            raise ModelError(f"no native decode step for this model: {obstacle}")
         if cache_length < 1:
             raise ModelError(f"cache_length is {cache_length}, expected at least 1")
+        obstacle = self.supports(model, cache_length)
+        if obstacle is not None:
+            raise ModelError(f"no native decode step for this model: {obstacle}")
         self.model = model
         self.cache_length = cache_length
         self.position = 0
@@ -65,35 +57,19 @@ class Decoder:
         self._stepped: list[int] = []
         self._chosen = {block.layer: block for block in self._prompts.modules} if self._prompts else {}
         self._chosen_ffns: list[kernels.FFN] = []
-        layers = sites.layers_of(model)
-        heads, kv_heads, head_dim = _heads(model.config)
+        _, kv_heads, head_dim = sites.heads_of(model.config)
         embedding, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings()
-        size = (len(layers), kv_heads, cache_length, head_dim)
+        size = (len(sites.layers_of(model)), kv_heads, cache_length, head_dim)
         self._keys = embedding.new_empty(size)
         self._values = embedding.new_empty(size)
-        decoder = model.get_decoder()
-        attention: Any = layers[0].attention
-        cosine, sine = rope_tables(decoder.rotary_emb, cache_length)
         self._vocabulary = head.out_features
-        packed = (module.packed for module in model.modules() if isinstance(module, _PACKED))
+        packed = (module.packed for module in model.modules() if isinstance(module, stepping.PACKED))
         kernels.use_huge_pages(*model.parameters(), *(storage for each in packed for storage in each.storages))
         # Its own counters: two that decode at once in one process must not count each other's reads.
         self._stats = kernels.cpu.Stats()
         self._stats_reference = ctypes.byref(self._stats)
         self._kernels: Any = _kernels_for(embedding)
-        self.native: Any = self._kernels.decoder_of(
-            [_layer(self._kernels, layer, model, self._keys[i], self._values[i]) for i, layer in enumerate(layers)],
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            embedding=self._kernels.matrix_of(embedding),
-            lm_head=_matrix(self._kernels, head),
-            final_norm=_norm(self._kernels, decoder.norm),
-            cosine=cosine,
-            sine=sine,
-            attention_scale=attention.scaling,
-            window=_window(model.config) or 0,
-        )
+        self.native: Any = stepping.decoder_for(self._kernels, model, self._keys, self._values)
 
     @property
     def counts(self) -> bool:
@@ -104,7 +80,7 @@ class Decoder:
     def path(self) -> str:
         """Which kernels run, and why, in words."""
         head = self.model.get_output_embeddings()
-        if isinstance(head, _PACKED):
+        if isinstance(head, stepping.PACKED):
             if head.packed.scale.is_cuda:
                 index = head.packed.scale.device.index
                 return f"cuda-{kernels.cuda.architecture(index)}: packed weights on {torch.cuda.get_device_name(index)}"
@@ -113,8 +89,8 @@ class Decoder:
             return kernels.explain(head.weight[:1], head.weight)
 
     @staticmethod
-    def supports(model: Any) -> str | None:
-        """Why ``model`` cannot be decoded natively, in words; None when it can."""
+    def supports(model: Any, cache_length: int = 0) -> str | None:
+        """Why ``model`` cannot be decoded natively with a cache of so many tokens, in words; None when it can."""
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) > 1:
             return f"the model is on {', '.join(sorted(map(str, devices)))}: expected one device"
@@ -125,32 +101,17 @@ class Decoder:
         missing = kernels.cuda.device_obstacle(device.index or 0) if cuda else kernels.cpu.missing
         if missing:
             return missing
-        try:
-            family = sites.family_of(model)
-            sites.activation_of(model)
-        except ModelError as error:
-            return str(error)
-        if share_of(getattr(sites.layers_of(model)[0].product("q"), "weight", None)) is not None:
-            return "its weights are divided among processes"
-        if not family.native_decode:
-            return f"family {model.config.model_type} has no native decode step"
         dtypes = {parameter.dtype for parameter in model.parameters()}
         known = kernels.cuda.DTYPES if cuda else kernels.cpu.DTYPES
         if len(dtypes) > 1 or not dtypes <= set(known):
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             expected = " or ".join(f"all {str(dtype).removeprefix('torch.')}" for dtype in known)
             return f"weights are {names}, expected {expected}"
-        window = _window(model.config)
-        if window is None:
-            return "its layers mix sliding and full attention"
-        if not window and any(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
-            return "its layers have a sliding window that its configuration does not show as expected"
-        rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
-        if rope in _CHANGING_ROPES:
-            return f"rope type {rope} changes with the length of the text"
-        if 2 * model.get_decoder().rotary_emb.inv_freq.numel() != _heads(model.config)[2]:
-            return "its rotary embedding does not cover the whole head"
-        return _foreign_module(model) or _misread_heads(model) or (_cuda_obstacle(model) if cuda else None)
+        obstacle = stepping.obstacle_of(model, cuda)
+        longest = None if obstacle else stepping.longest_of(model)
+        if longest and cache_length > longest[0]:
+            return f"a cache of {cache_length} tokens is longer than {longest[0]}: {longest[1]}"
+        return obstacle
 
     def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run ``tokens`` (int64 [T]) after what the cache holds; returns the last one's logits, float32 [V].
@@ -253,145 +214,6 @@ class Decoder:
             raise ModelError("the model was sparsified or restored after this decoder was made: make a new one")
 
 
-def rope_tables(rotary: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, float32 [length, D / 2], from the model's own rotary module (any fixed scaling included)."""
-    device = rotary.inv_freq.device
-    positions = torch.arange(length, device=device)[None]
-    tables = rotary(torch.empty(1, dtype=torch.float32, device=device), positions)
-    cosine, sine = (table[0, :, : table.shape[-1] // 2].contiguous() for table in tables)
-    return cosine, sine
-
-
-def _heads(config: Any) -> tuple[int, int, int]:
-    """Query heads, key/value heads, head dimension."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
-def _misread_heads(model: Any) -> str | None:
-    """How the projections' shapes contradict the heads that the configuration shows, in words."""
-    heads, kv_heads, head_dim = _heads(model.config)
-    for layer in sites.layers_of(model):
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            rows = layer.product(name).out_features
-            if rows != count * head_dim:
-                return f"layer {layer.index} {name} has {rows} rows, expected {count} heads of {head_dim}"
-    return None
-
-
-def _layer(backend: Any, layer: LayerSites, model: Any, keys: torch.Tensor, values: torch.Tensor) -> Any:
-    paths, family = dict(layer.family.projections), layer.family
-    attention: dict[str, Any] = {name: layer.module.get_submodule(paths[name]) for name in sites.ATTENTION_PROJECTIONS}
-    thresholds: dict[str, Any] = {
-        f"{name}_threshold": module.threshold if isinstance(module, SparseLinear) and module.scope != "none" else None
-        for name, module in attention.items()
-    }
-    ffn = layer.ffn
-    if isinstance(ffn, SparseFFN):
-        rules = ffn.rules()
-        block: list[Any] = [layer.weight(name).detach() for name in sites.FFN_PROJECTIONS]
-    else:
-        rules = kernels.Rules(sites.activation_of(model), family.up_activation)
-        block = [_matrix(backend, layer.product(name)) for name in sites.FFN_PROJECTIONS]
-    gate, up, down = block
-    return backend.layer_of(
-        input_norm=_norm(backend, layer.module.get_submodule(family.input_norm)),
-        post_norm=_norm(backend, layer.module.get_submodule(family.post_norm)),
-        ffn=backend.ffn_of(gate, up, down, rules),
-        k_cache=keys,
-        v_cache=values,
-        q_norm=_optional_norm(backend, layer.module, family.q_norm),
-        k_norm=_optional_norm(backend, layer.module, family.k_norm),
-        **{name: _matrix(backend, linear, thresholds[f"{name}_threshold"]) for name, linear in attention.items()},
-        **thresholds,
-    )
-
-
-def _matrix(backend: Any, linear: Any, threshold: torch.Tensor | None = None) -> Any:
-    if isinstance(linear, _PACKED):
-        return linear.matrix()
-    # Detached, because re-laying a weight gives the parameter new storage: an alias keeps the one pointed at alive.
-    if backend is not kernels:
-        return backend.matrix_of(linear.weight.detach(), linear.bias)
-    return kernels.matrix_of(linear.weight.detach(), linear.bias, prefer=kernels.cpu.skipped_by(threshold))
-
-
-def _norm(backend: Any, module: Any) -> Any:
-    return backend.norm_of(module.weight, eps=module.variance_epsilon)
-
-
-def _optional_norm(backend: Any, layer: nn.Module, path: str) -> Any:
-    parent, _, name = path.rpartition(".")
-    module = getattr(layer.get_submodule(parent), name, None)
-    return None if module is None else _norm(backend, module)
-
-
 def _kernels_for(weight: torch.Tensor) -> Any:
     """The functions that make and run a decode step where ``weight`` lies."""
     return kernels.cuda.decoder if weight.is_cuda else kernels
-
-
-def _cuda_obstacle(model: Any) -> str | None:
-    """What the CUDA step cannot read, in words."""
-    products = [layer.product(name) for layer in sites.layers_of(model) for name, _ in layer.family.projections]
-    products += [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights = (product.weight for product in products if not isinstance(product, _PACKED))
-    obstacle = kernels.cuda.decoder.decoder_obstacle(_heads(model.config)[2], *weights)
-    if obstacle:
-        return obstacle
-    for product in products:
-        if isinstance(product, _PACKED) and (obstacle := kernels.cuda.graded.obstacle_of(product.packed)):
-            return obstacle
-    for layer in sites.layers_of(model):
-        packed = [isinstance(layer.product(name), _PACKED) for name, _ in layer.family.projections]
-        if any(packed):
-            if not all(packed):
-                return f"layer {layer.index} has packed and plain matrices, the CUDA decode step takes one kind"
-            continue
-        gate, up, down = (layer.weight(name) for name in sites.FFN_PROJECTIONS)
-        rules = layer.ffn.rules() if isinstance(layer.ffn, SparseFFN) else kernels.Rules(sites.activation_of(model))
-        obstacle = kernels.cuda.ffn_obstacle(up[:1], gate, up, down, rules)
-        if obstacle:
-            return f"layer {layer.index}: {obstacle}"
-    return None
-
-
-def _window(config: Any) -> int | None:
-    """Sliding window in positions, 0 for none, None when layers differ."""
-    window = getattr(config, "sliding_window", None) or 0
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if kinds and window:
-        if len(kinds) > 1:
-            return None
-        return window if kinds == {"sliding_attention"} else 0
-    return window
-
-
-def _foreign_module(model: Any) -> str | None:
-    """What a layer has that is not known, or has in place of a plain or sparse one (a quantised one, an adapter), in words."""
-    for layer in sites.layers_of(model):
-        family = layer.family
-        known = {
-            *(path for _, path in family.projections),
-            family.input_norm,
-            family.post_norm,
-            family.q_norm,
-            family.k_norm,
-        }
-        for name, _ in layer.module.named_parameters():
-            if name.rpartition(".")[0] not in known:
-                return f"layer {layer.index} has a parameter {name}, which the native decode step does not know"
-        sparse_ffn = isinstance(layer.ffn, SparseFFN)
-        for name, path in layer.family.projections:
-            module = layer.module.get_submodule(path)
-            if type(module) is not nn.Linear and not isinstance(module, (SparseLinear, *_PACKED)):
-                return f"layer {layer.index} {name} is a {type(module).__name__}, expected nn.Linear"
-            if isinstance(module, SparseLinear) and name in sites.FFN_PROJECTIONS and not sparse_ffn:
-                return f"layer {layer.index} {name} is sparsified outside its feed-forward block"
-    head = model.get_output_embeddings()
-    return (
-        None
-        if type(head) is nn.Linear or isinstance(head, _PACKED)
-        else f"the output head is a {type(head).__name__}, expected nn.Linear"
-    )

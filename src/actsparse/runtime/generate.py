@@ -148,7 +148,7 @@ class Session:
         state = state_of(model)
         if state is not None:
             state.plan.check_decodable()
-        reason = Decoder.supports(model)
+        reason = Decoder.supports(model, cache_length)
         self._engine: _Native | _Transformers
         if reason is None:
             self._engine = _Native(model, cache_length)

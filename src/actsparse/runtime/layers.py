@@ -7,8 +7,9 @@ Shape letters: B batch, T tokens, H hidden, N neurons, I input features, O outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -146,7 +147,7 @@ class SparseFFN(SparseModule):
 
     Args:
         ffn: the block it replaces.
-        projections: attribute name and layer of gate, up and down, as the block names them.
+        projections: path (relative to the block) and layer of gate, up and down.
         site: ``layers.{i}``.
         activation: as the kernels name it.
         rules: one layer's rules by the plan's names (``ffn.threshold`` ...); see :mod:`actsparse.plan`.
@@ -181,20 +182,19 @@ class SparseFFN(SparseModule):
         super().__init__(site, scope, prepared)
         self.activation, self.up_activation = activation, up_activation
         self._names = {projection: name for projection, (name, _) in projections.items()}
-        self.hold({name: linear for name, linear in projections.values()})
+        self.hold(ffn, {name: linear for name, linear in projections.values()})
         # Not a registered child: it holds the same layers, which must appear in the state dict once.
         self._replaced = (ffn,)
         self._share = share
         self._match_predictor()
 
-    def hold(self, linears: Mapping[str, nn.Linear]) -> None:
-        """Take in the projections, by attribute name, so that the state dict stays as it was."""
-        for name, linear in linears.items():
-            self.add_module(name, linear)
+    def hold(self, ffn: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+        """Take in the projections (with a fused layer around them) under their own names: the state dict stays as it was."""
+        hold(self, ffn, linears)
 
     def projection(self, name: str) -> nn.Linear:
         """The layer behind ``gate``, ``up`` or ``down``."""
-        return getattr(self, self._names[name])
+        return attrgetter(self._names[name])(self)
 
     @property
     def gated(self) -> bool:
@@ -254,7 +254,7 @@ class SparsePlainFFN(SparseFFN):
     :class:`Passed`.  Such layers flatten [B, T, H] to [B * T, H] before the block, so the scope needs to be told T.
     """
 
-    def hold(self, linears: Mapping[str, nn.Linear]) -> None:
+    def hold(self, ffn: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
         # A plain dict is no registered child: names in the state dict stay those of the first projection alone.
         self._linears = dict(linears)
         first = linears[self._names["up"]]
@@ -270,6 +270,12 @@ class SparsePlainFFN(SparseFFN):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.unflatten(0, (-1, self._tokens))).flatten(0, 1) if x.dim() == 2 else super().forward(x)
+
+
+def hold(module: nn.Module, ffn: nn.Module, paths: Iterable[str]) -> None:
+    """Register the children of ``ffn`` that ``paths`` begin with as children of ``module``, under their own names."""
+    for name in dict.fromkeys(path.partition(".")[0] for path in paths):
+        module.add_module(name, getattr(ffn, name))
 
 
 class Passed(nn.Module):

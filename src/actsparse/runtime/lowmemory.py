@@ -106,9 +106,7 @@ def open_mapped(directory: str, *, everything: bool = False) -> Any:
         config = opening.without_plan(AutoConfig.from_pretrained(directory))
     except Exception as error:  # transformers raises many unrelated kinds
         raise ModelError(f"model {directory} has no sound config.json: {one_line(error)}") from None
-    if config.model_type not in sites.FAMILIES:
-        known = ", ".join(sorted(sites.FAMILIES))
-        raise ModelError(f"model family {config.model_type!r} is not supported: expected one of {known}")
+    opening.check_family(config)
     dtypes = {tensor.dtype for tensor in mapped.tensors.values()}
     if not dtypes:
         raise ModelError(f"model {directory} stores no tensors, expected those of its config.json")
@@ -117,7 +115,9 @@ def open_mapped(directory: str, *, everything: bool = False) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtypes.pop())
     family = sites.family_of(model)
-    in_place = {path.split(".")[-1] for name, path in family.projections if name in sites.FFN_PROJECTIONS}
+    if not family.has_ffn:
+        raise ModelError(f"{config.model_type} models cannot be packed, nor decoded in low memory: {family.notes}")
+    in_place = {family.stored(name).split(".")[-1] for name, _ in family.projections if name in sites.FFN_PROJECTIONS}
     state = {}
     for name, tensor in mapped.tensors.items():
         if everything or (name.endswith(".weight") and name.split(".")[-2] in in_place):

@@ -113,6 +113,7 @@ def open_packed(name: str, device: torch.device | None = None) -> tuple[Any, Pla
     opening.without_plan(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, str(about.get("dtype")), torch.bfloat16))
+    sites.layers_of(model)  # fused layers are packed by their parts
     count = about.get("shards")
     if not isinstance(count, int) or not 0 < count < 100_000:
         raise ModelError(f"{name}/config.json names {str(count)[:24]} shards, expected a number")
@@ -142,6 +143,7 @@ class _Awaited(nn.Module):
 
 def await_packed(model: Any, files: Iterable[Path]) -> list[str]:
     """Take out of a model on the meta device every linear layer that the files hold packed; returns their names."""
+    sites.layers_of(model)  # fused layers are packed by their parts
     names = []
     for file in files:
         with _opened(file) as tensors:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from actsparse import kernels
 from actsparse.models.sites import ModelError
-from actsparse.runtime.layers import SparseModule
+from actsparse.runtime.layers import SparseModule, hold
 from actsparse.runtime.prompts import Prompts, Run
 from actsparse.runtime.sessions import Session, Tally
 
@@ -43,7 +44,7 @@ class PromptFFN(SparseModule):
 
     Args:
         ffn: the block it replaces.
-        projections: attribute name and layer of gate, up and down, as the block names them.
+        projections: path (relative to the block) and layer of gate, up and down.
         layer: index of the layer.
         activation: as the kernels name it.
         prompts: the model's sessions; the block joins its modules.
@@ -66,17 +67,15 @@ class PromptFFN(SparseModule):
         self.prompts = prompts
         # Called when a text is through this block, for weights that are mapped from a file: :mod:`actsparse.runtime.lowmemory`.
         self.release: Callable[[], None] | None = None
-        self._names = {}
-        for projection, (name, linear) in projections.items():
-            self.add_module(name, linear)
-            self._names[projection] = name
+        self._names = {projection: name for projection, (name, _) in projections.items()}
+        hold(self, ffn, self._names.values())
         # Not a registered child: it holds the same layers, which must appear in the state dict once.
         self._replaced = (ffn,)
         prompts.modules.append(self)
 
     def projection(self, name: str) -> nn.Linear:
         """The layer behind ``gate``, ``up`` or ``down``."""
-        return getattr(self, self._names[name])
+        return attrgetter(self._names[name])(self)
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         return self._replaced[0](x)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from actsparse.models import directory, sites
+from actsparse.models import directory, fused, sites
 from actsparse.models.directory import INDEX, PLAN, QUANT_METHOD, SHARDS
 from actsparse.models.sites import ModelError
 from actsparse.plan import Plan, atomic_path
@@ -66,6 +66,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
         options.setdefault("max_shard_size", _MOST_BYTES)
         tensors = dict(options.pop("state_dict", None) or model.state_dict())
         tensors |= _replaced_weights(model, state)
+        fused.join_state(model, tensors)
         PreTrainedModel.save_pretrained(model, save_directory, *args, state_dict=tensors, **options)
         _index(home)
     complete(home, plan, about)

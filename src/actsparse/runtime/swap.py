@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from actsparse import kernels
 from actsparse.kernels.parallel import Share, local, share_of
 from actsparse.methods import prompt_rule
 from actsparse.methods.rounding import round_nearest
-from actsparse.models import directory, opening, sites
+from actsparse.models import directory, fused, opening, sites
 from actsparse.models.sites import ModelError
 from actsparse.plan import ModelIdentity, Plan, PlanError
 from actsparse.runtime.graded import GradedLinear
@@ -121,6 +122,7 @@ def restore(model: Any) -> Any:
         delattr(model, _ATTRIBUTE)
         if not holds_packed(model):
             del model.save_pretrained
+    fused.fuse(model)
     return model
 
 
@@ -212,7 +214,7 @@ def _share(model: Any, plan: Plan) -> Share | None:
     """This process's part of a model that is divided among several; ModelError where the plan or family cannot be."""
     # Packed weights, which have none of this name, are never divided.
     try:
-        share = share_of(getattr(sites.layers_of(model)[0].product("up"), "weight", None))
+        share = share_of(getattr(sites.layers_of(model)[0].product("q"), "weight", None))
     except ValueError as error:
         raise ModelError(str(error)) from None
     if share is None:
@@ -250,11 +252,22 @@ def _sparsify_layer(state: State, layer: sites.LayerSites, plan: Plan, activatio
         added = share if projection == "o" else None
         sparse = SparseLinear(linear, f"layers.{layer.index}.{projection}", threshold, plan.scope, added)
         _replace(state, layer, paths[projection], linear, sparse)
-    if not any(name in rules for name in FFN_RULES.values()):
-        return
-    linears = {
-        name: (paths[name].rpartition(".")[2], layer.linear(name)) for name in sites.FFN_PROJECTIONS if name in paths
-    }
+    if any(name in rules for name in FFN_RULES.values()):
+        _sparsify_ffn(state, layer, plan, rules, activation, share)
+    # Parts of a fused layer that were re-laid have storage of their own: no second copy stays behind.
+    fused.settle(layer.module)
+
+
+def _sparsify_ffn(
+    state: State,
+    layer: sites.LayerSites,
+    plan: Plan,
+    rules: Mapping[str, torch.Tensor],
+    activation: str,
+    share: Share | None,
+) -> None:
+    paths = dict(layer.family.projections)
+    linears = _ffn_linears(layer)
     for name in ("gate", "up"):
         if f"{name}.threshold" in rules:
             _lay_columns(state, linears[name][1])
@@ -317,8 +330,7 @@ def _rounded(linear: nn.Linear, stored: int) -> kernels.Nested:
 def _choose_by_prompt(
     state: State, layer: sites.LayerSites, prompts: Prompts, activation: str, mapped: MappedWeights | None
 ) -> None:
-    paths = dict(layer.family.projections)
-    linears = {name: (paths[name].rpartition(".")[2], layer.linear(name)) for name in sites.FFN_PROJECTIONS}
+    linears = _ffn_linears(layer)
     if mapped is None:
         # Weights that are mapped from a file stay as they lie there: decoding runs on copies of the chosen ones.
         _lay_columns(state, linears["down"][1])
@@ -326,6 +338,15 @@ def _choose_by_prompt(
     if mapped is not None:
         ffn.release = mapped.releaser([linear.weight for _, linear in linears.values()])
     _replace(state, layer, layer.family.ffn, layer.ffn, ffn)
+
+
+def _ffn_linears(layer: sites.LayerSites) -> dict[str, tuple[str, nn.Linear]]:
+    """Path, relative to the feed-forward block, and layer of its projections."""
+    prefix = f"{layer.family.ffn}."
+    paths = dict(layer.family.projections)
+    return {
+        name: (paths[name].removeprefix(prefix), layer.linear(name)) for name in sites.FFN_PROJECTIONS if name in paths
+    }
 
 
 def _lay_columns(state: State, linear: nn.Linear) -> None:

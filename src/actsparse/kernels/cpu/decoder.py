@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from .loading import MAX_BATCH, check, library, stats_reference
-from .structures import DTYPES, FFN, NORMS, Decoder, Layer, Matrix, Norm, Stats, pointer_to, vector_of
+from .structures import DTYPES, FFN, HEADS_NORMS, NORMS, Decoder, Layer, Matrix, Norm, Stats, pointer_to, vector_of
 
 
 def norm_of(weight: Tensor | None, *, eps: float, kind: str = "rms", bias: Tensor | None = None) -> Norm:
-    """The structure for a norm of kind "rms" or "layer"; weight None: no scaling (for q_norm and k_norm: no norm)."""
+    """The structure for a norm of kind "rms" or "layer"; weight None: no scaling."""
     if kind not in NORMS:
         raise ValueError(f"unknown norm {kind!r}; choose one of {', '.join(NORMS)}")
-    weight = None if weight is None else vector_of(weight, weight.shape[0], "norm weight")
-    bias = None if bias is None else vector_of(bias, bias.shape[0], "norm bias")
+    weight = None if weight is None else vector_of(weight.flatten(), weight.numel(), "norm weight")
+    bias = None if bias is None else vector_of(bias.flatten(), bias.numel(), "norm bias")
     norm = Norm(pointer_to(weight), pointer_to(bias), eps, NORMS[kind])
     norm.keep = (weight, bias)
     return norm
@@ -26,8 +26,6 @@ def norm_of(weight: Tensor | None, *, eps: float, kind: str = "rms", bias: Tenso
 
 def layer_of(
     *,
-    input_norm: Norm,
-    post_norm: Norm,
     q: Matrix,
     k: Matrix,
     v: Matrix,
@@ -39,10 +37,31 @@ def layer_of(
     k_threshold: Tensor | None = None,
     v_threshold: Tensor | None = None,
     o_threshold: Tensor | None = None,
+    input_norm: Norm | None = None,
+    post_norm: Norm | None = None,
+    attention_out_norm: Norm | None = None,
+    ffn_out_norm: Norm | None = None,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
+    heads_norm: str = "alike",
+    parallel: bool = False,
+    cosine: Tensor | None = None,
+    sine: Tensor | None = None,
+    window: int = 0,
 ) -> Layer:
-    """The structure for one layer; caches are contiguous [kv_heads, cache_length, head_dim], thresholds [in]."""
+    """The structure for one layer; caches are contiguous [kv_heads, cache_length, head_dim], thresholds [in].
+
+    Norms: input_norm and post_norm before the attention and the feed-forward block, the out norms of what these give; q_norm,
+    k_norm with one weight [head_dim] for all heads ("alike"), a row of [heads, head_dim] for each ("each"), or of all heads at
+    once, [heads * head_dim] ("all").  None: no norm.  A parallel layer's block reads what q, k and v read.
+
+    cosine and sine: [cache_length, rotary / 2], which rotate the first ``rotary`` channels of a head (None: nothing).
+    window: sliding attention window in positions, 0 for none.
+
+    Raises ValueError when caches or tables do not fit.
+    """
+    if heads_norm not in HEADS_NORMS:
+        raise ValueError(f"unknown heads_norm {heads_norm!r}; choose one of {', '.join(HEADS_NORMS)}")
     if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape):
         raise ValueError("k_cache and v_cache must be contiguous and of one shape [kv_heads, cache_length, head_dim]")
     thresholds = (
@@ -51,12 +70,23 @@ def layer_of(
         vector_of(v_threshold, v.in_, "v_threshold"),
         vector_of(o_threshold, o.in_, "o_threshold"),
     )
+    tables = tuple(_table(table, k_cache.shape[1], k_cache.shape[2]) for table in (cosine, sine))
+    norms = tuple(n or Norm() for n in (input_norm, post_norm, attention_out_norm, ffn_out_norm, q_norm, k_norm))
     layer = Layer(
-        input_norm, post_norm, q, k, v, o, *(pointer_to(t) for t in thresholds), q_norm or Norm(), k_norm or Norm(), ffn,
-        k_cache.data_ptr(), v_cache.data_ptr(),
+        *norms[:4], q, k, v, o, *(pointer_to(t) for t in thresholds), *norms[4:], HEADS_NORMS[heads_norm], int(parallel),
+        ffn, k_cache.data_ptr(), v_cache.data_ptr(), *(pointer_to(t) for t in tables),
+        0 if tables[0] is None else 2 * tables[0].shape[1], window,
     )  # fmt: skip
-    layer.keep = (input_norm, post_norm, q, k, v, o, thresholds, q_norm, k_norm, ffn, k_cache, v_cache)
+    layer.keep = (norms, q, k, v, o, thresholds, ffn, tables, k_cache, v_cache)
     return layer
+
+
+def _table(table: Tensor | None, length: int, head_dim: int) -> Tensor | None:
+    if table is None:
+        return None
+    if table.dim() != 2 or table.shape[0] != length or not 0 < 2 * table.shape[1] <= head_dim:
+        raise ValueError(f"rotary table has shape {tuple(table.shape)}, expected {(length, head_dim // 2)} or narrower")
+    return table.to(torch.float32).contiguous()
 
 
 def decoder_of(
@@ -67,18 +97,20 @@ def decoder_of(
     head_dim: int,
     embedding: Matrix,
     lm_head: Matrix | None,
-    final_norm: Norm,
-    cosine: Tensor | None,
-    sine: Tensor | None,
+    final_norm: Norm | None,
     attention_scale: float,
-    window: int = 0,
     embedding_scale: float = 1.0,
     logit_scale: float = 1.0,
     residual_scale: float = 1.0,
+    attention_cap: float = 0.0,
+    logit_cap: float = 0.0,
+    positions: Matrix | None = None,
+    query_scale: Tensor | None = None,
 ) -> Decoder:
     """The structure for a decoder over ``layers``; lm_head None means tied to the embedding.
 
-    cosine and sine are float32 [cache_length, head_dim / 2] (None: no rotary embedding). Raises ValueError when the
+    Scores and logits s become cap * tanh(s / cap) where a cap is not 0.  ``positions`` [cache_length or more, hidden] is added
+    to the embedding, ``query_scale`` [cache_length] multiplies ``attention_scale`` at each position.  Raises ValueError when
     caches, tables and head counts do not fit together; the C side checks the matrices at every step.
     """
     if not layers:
@@ -93,21 +125,14 @@ def decoder_of(
                 )
     if first.dtype not in DTYPES:
         raise ValueError(f"caches of {first.dtype} are not supported")
-    tables: list[Tensor | None] = []
-    for table in (cosine, sine):
-        if table is None:
-            tables.append(None)
-        elif tuple(table.shape) != (length, head_dim // 2):
-            raise ValueError(f"rotary table has shape {tuple(table.shape)}, expected {(length, head_dim // 2)}")
-        else:
-            tables.append(table.to(torch.float32).contiguous())
+    query_scale = vector_of(query_scale, length, "query_scale")
     array = (Layer * len(layers))(*layers)
     decoder = Decoder(
-        len(layers), embedding.in_, heads, kv_heads, head_dim, length, window, array, embedding, lm_head or Matrix(),
-        final_norm, pointer_to(tables[0]), pointer_to(tables[1]), attention_scale, embedding_scale, logit_scale,
-        residual_scale, DTYPES[first.dtype],
+        len(layers), embedding.in_, heads, kv_heads, head_dim, length, array, embedding, lm_head or Matrix(),
+        positions or Matrix(), final_norm or Norm(), pointer_to(query_scale), attention_scale, embedding_scale, logit_scale,
+        residual_scale, attention_cap, logit_cap, DTYPES[first.dtype],
     )  # fmt: skip
-    decoder.keep = (layers, array, embedding, lm_head, final_norm, tables)
+    decoder.keep = (layers, array, embedding, lm_head, positions, final_norm, query_scale)
     return decoder
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .structures import FFN, Call, Decoder, Matrix, Stats
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 MAX_BATCH = 8
 
 

@@ -18,7 +18,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "relu": 1, "relu2": 2, "gelu": 3, "gelu_tanh": 4, "identity": 5}
 PACKED = 3  # ``AS_PACKED``, beside DTYPES
 ROWS, COLUMNS = 0, 1
-NORMS = {"rms": 0, "layer": 1}
+NORMS = {"rms": 1, "layer": 2}  # 0: no norm
+HEADS_NORMS = {"alike": 0, "each": 1, "all": 2}
 
 _nothing = c_int64()
 _NOWHERE = ctypes.addressof(_nothing)  # torch gives an empty tensor the address 0, which would mean "no list"
@@ -85,7 +86,7 @@ class FFN(Structure):
 
 
 class Norm(Structure):
-    """``as_norm``: RMSNorm (kind 0) or LayerNorm (kind 1)."""
+    """``as_norm``: one of :data:`NORMS`; all zeros means no norm."""
 
     _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32)]
     keep: tuple[Any, ...]
@@ -97,6 +98,8 @@ class Layer(Structure):
     _fields_ = [
         ("input_norm", Norm),
         ("post_norm", Norm),
+        ("attention_out_norm", Norm),
+        ("ffn_out_norm", Norm),
         ("q", Matrix),
         ("k", Matrix),
         ("v", Matrix),
@@ -107,9 +110,15 @@ class Layer(Structure):
         ("o_threshold", c_void_p),
         ("q_norm", Norm),
         ("k_norm", Norm),
+        ("heads_norm", c_int32),
+        ("parallel", c_int32),
         ("ffn", FFN),
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),
+        ("cosine", c_void_p),
+        ("sine", c_void_p),
+        ("rotary", c_int64),
+        ("window", c_int64),
     ]
     keep: tuple[Any, ...]
 
@@ -124,17 +133,18 @@ class Decoder(Structure):
         ("kv_heads", c_int64),
         ("head_dim", c_int64),
         ("cache_length", c_int64),
-        ("window", c_int64),
         ("layer", POINTER(Layer)),
         ("embedding", Matrix),
         ("lm_head", Matrix),
+        ("positions", Matrix),
         ("final_norm", Norm),
-        ("cosine", c_void_p),
-        ("sine", c_void_p),
+        ("query_scale", c_void_p),
         ("attention_scale", c_float),
         ("embedding_scale", c_float),
         ("logit_scale", c_float),
         ("residual_scale", c_float),
+        ("attention_cap", c_float),
+        ("logit_cap", c_float),
         ("cache_dtype", c_int32),
     ]
     keep: tuple[Any, ...]

@@ -144,21 +144,21 @@ class _Native:
         output without either path being wrong.  How sites combine is checked on the dense model, by whole steps.
         """
         native, library = self.decoder.native, kernels.cpu.library()
-        modules = site_modules(model)
         self._start()  # a plan may let the prompt choose neurons
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        inputs: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         cache = DynamicCache()
         with torch.no_grad():
             read(model, self._prompt[None], cache, prompts_of(model))
-            handles = [
-                module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-                for module in modules
-            ]
+            handles = []
+            for first, last in site_modules(model):
+                handles.append(first.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+                handles.append(last.register_forward_hook(lambda _, args, output: outputs.append(output)))
             read(model, torch.tensor([[0]]), cache, None)
         for handle in handles:
             handle.remove()
         worst, code = 0.0, kernels.cpu.DTYPES[model.dtype]
-        for at, (x, want) in enumerate(seen):
+        for at, (x, want) in enumerate(zip(inputs, outputs, strict=True)):
             layer, site = native.layer[at // 5], at % 5
             x, got = x.contiguous(), torch.empty_like(want)
             if site == 4:
@@ -205,13 +205,13 @@ def tolerance(dtype: torch.dtype, layers: int, *, sparse: bool) -> float:
     return eps * math.sqrt(12 * layers) + (math.sqrt(eps * layers) if sparse else 0)
 
 
-def site_modules(model: Any) -> list[torch.nn.Module]:
-    """The modules of q, k, v, o and the FFN, layer by layer."""
+def site_modules(model: Any) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Where q, k, v, o and the FFN begin and end, layer by layer."""
     modules = []
     for layer in sites.layers_of(model):
-        paths = dict(layer.family.projections)
-        modules += [layer.module.get_submodule(paths[name]) for name in sites.ATTENTION_PROJECTIONS]
-        modules.append(layer.ffn)
+        modules += [(layer.product(name),) * 2 for name in sites.ATTENTION_PROJECTIONS]
+        # A plain block's projections may lie in the layer itself.
+        modules.append((layer.ffn, layer.ffn if layer.family.gated else layer.product("down")))
     return modules
 
 

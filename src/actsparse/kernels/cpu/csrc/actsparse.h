@@ -11,13 +11,16 @@
 extern "C" {
 #endif
 
-#define AS_ABI_VERSION 7
+#define AS_ABI_VERSION 8
 #define AS_MAX_BATCH 8
 #define AS_API __attribute__((visibility("default")))
 
 typedef enum { AS_F32 = 0, AS_BF16 = 1, AS_F16 = 2, AS_PACKED = 3 } as_dtype;  // AS_PACKED: as_matrix only
 typedef enum { AS_ROWS = 0, AS_COLUMNS = 1 } as_layout;  // what lies contiguous: a row W[o, :] or a column W[:, i]
 typedef enum { AS_SILU = 0, AS_RELU = 1, AS_RELU2 = 2, AS_GELU = 3, AS_GELU_TANH = 4, AS_IDENTITY = 5 } as_activation;
+typedef enum { AS_NO_NORM = 0, AS_RMS_NORM = 1, AS_LAYER_NORM = 2 } as_norm_kind;
+// Over what q and k are normalised: each head with one weight [head_dim] or with its own [heads, head_dim], or all heads at once.
+typedef enum { AS_HEADS_ALIKE = 0, AS_EACH_HEAD = 1, AS_ALL_HEADS = 2 } as_heads_norm;
 typedef enum { AS_OK = 0, AS_EINVAL = -1, AS_ENOMEM = -2 } as_error;
 
 // W is logically [out, in]; element (o, i) is data[o * stride + i] (AS_ROWS) or data[i * stride + o] (AS_COLUMNS). With dtype
@@ -78,27 +81,35 @@ typedef struct {
   const float* weight;  // [H]; NULL = no normalisation weight
   const float* bias;    // [H] or NULL (LayerNorm)
   float eps;
-  int32_t kind;  // 0 RMSNorm, 1 LayerNorm
+  int32_t kind;  // as_norm_kind; all zeros = no norm
 } as_norm;
 
 typedef struct {
-  as_norm input_norm, post_norm;
+  as_norm input_norm, post_norm;              // before the attention and before the feed-forward block
+  as_norm attention_out_norm, ffn_out_norm;   // of what either gives, before it joins the residual stream
   as_matrix q, k, v, o;
   const float *q_threshold, *k_threshold, *v_threshold, *o_threshold;  // [in] or NULL
-  as_norm q_norm, k_norm;  // per head over head_dim (Qwen3); weight NULL when absent
+  as_norm q_norm, k_norm;
+  int32_t heads_norm;  // as_heads_norm
+  int32_t parallel;    // not 0: the feed-forward block reads what q, k and v read (post_norm is not used)
   as_ffn ffn;
-  void *k_cache, *v_cache;  // [kv_heads, cache_length, head_dim] in cache_dtype
+  void *k_cache, *v_cache;     // [kv_heads, cache_length, head_dim] in cache_dtype
+  const float *cosine, *sine;  // [cache_length, rotary / 2]; NULL = no rotary embedding
+  int64_t rotary;              // channels at the head's beginning that are rotated
+  int64_t window;              // sliding attention window in positions, 0 = none
 } as_layer;
 
-// One decoder of the Llama kind (pre-norm, rotary, grouped-query attention) and the caches of one sequence.
+// One decoder of the Llama kind (two residual blocks a layer, grouped-query attention) and the caches of one sequence. Where a cap
+// is not 0, scores or logits s become cap * tanh(s / cap).
 typedef struct {
   int64_t layers, hidden, heads, kv_heads, head_dim, cache_length;
-  int64_t window;  // sliding attention window in positions, 0 = none
   const as_layer* layer;
   as_matrix embedding, lm_head;  // embedding [vocab, H] AS_ROWS
+  as_matrix positions;           // [cache_length or more, H] AS_ROWS, added to the embedding; data NULL when absent
   as_norm final_norm;
-  const float *cosine, *sine;  // [cache_length, head_dim / 2]
+  const float* query_scale;      // [cache_length], times attention_scale; NULL = ones
   float attention_scale, embedding_scale, logit_scale, residual_scale;
+  float attention_cap, logit_cap;
   int32_t cache_dtype;
 } as_decoder;
 

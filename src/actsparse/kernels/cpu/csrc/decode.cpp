@@ -13,17 +13,22 @@ bool valid_shape(const as_matrix& w, int64_t out, int64_t in, const float* thres
 bool valid_decoder(const as_decoder& d) {
   if (d.layers < 0 || d.hidden <= 0 || d.heads <= 0 || d.kv_heads <= 0 || d.head_dim <= 0 || d.cache_length <= 0)
     return false;
-  if (d.heads % d.kv_heads || d.window < 0 || (d.layers && !d.layer) || !d.cosine != !d.sine) return false;
-  if ((d.cosine && d.head_dim % 2) || d.cache_dtype < AS_F32 || d.cache_dtype > AS_F16) return false;
+  if (d.heads % d.kv_heads || (d.layers && !d.layer)) return false;
+  if (d.cache_dtype < AS_F32 || d.cache_dtype > AS_F16) return false;
   if (!valid_matrix(d.embedding) || d.embedding.layout != AS_ROWS || is_packed(d.embedding) || d.embedding.in != d.hidden) return false;
   if (d.lm_head.data && !valid_shape(d.lm_head, d.lm_head.out, d.hidden)) return false;
-  if (!(d.attention_scale > 0.0f)) return false;
+  if (d.positions.data && (!valid_matrix(d.positions) || d.positions.layout != AS_ROWS || is_packed(d.positions) ||
+                           d.positions.in != d.hidden || d.positions.out < d.cache_length))
+    return false;
+  if (!(d.attention_scale > 0.0f) || !(d.attention_cap >= 0.0f) || !(d.logit_cap >= 0.0f)) return false;
   const int64_t q_width = d.heads * d.head_dim, kv_width = d.kv_heads * d.head_dim;
   for (int64_t i = 0; i < d.layers; ++i) {
     const as_layer& l = d.layer[i];
     if (!valid_shape(l.q, q_width, d.hidden, l.q_threshold) || !valid_shape(l.k, kv_width, d.hidden, l.k_threshold) ||
         !valid_shape(l.v, kv_width, d.hidden, l.v_threshold) || !valid_shape(l.o, d.hidden, q_width, l.o_threshold) || !l.k_cache || !l.v_cache)
       return false;
+    if (l.window < 0 || !l.cosine != !l.sine) return false;
+    if (l.cosine && (l.rotary <= 0 || l.rotary % 2 || l.rotary > d.head_dim)) return false;
     if (!valid_ffn(l.ffn) || l.ffn.up.in != d.hidden || l.ffn.down.out != d.hidden) return false;
     if (l.ffn.neurons && l.ffn.neuron_count > 0 &&
         (l.ffn.neurons[0] < 0 || l.ffn.neurons[l.ffn.neuron_count - 1] >= l.ffn.up.out))
@@ -33,13 +38,31 @@ bool valid_decoder(const as_decoder& d) {
 }
 
 void normalise(const as_norm& norm, const float* x, int64_t n, float* y) {
-  ops().normalise(norm.kind, x, norm.weight, norm.bias, norm.eps, n, y);
+  if (norm.kind != AS_NO_NORM)
+    ops().normalise(norm.kind, x, norm.weight, norm.bias, norm.eps, n, y);
+  else if (x != y)
+    __builtin_memcpy(y, x, size_t(n) * sizeof(float));
 }
 
-void rotate(const as_decoder& d, int64_t position, float* head) {
-  if (!d.cosine) return;
-  const int64_t half = d.head_dim / 2;
-  const float *cosine = d.cosine + position * half, *sine = d.sine + position * half;
+// One head of q or k under its norm, unless all heads are normalised at once.
+void normalise_head(const as_layer& l, const as_norm& norm, int64_t head, int64_t n, float* x) {
+  if (norm.kind == AS_NO_NORM || l.heads_norm == AS_ALL_HEADS) return;
+  as_norm own = norm;
+  if (l.heads_norm == AS_EACH_HEAD) {
+    if (own.weight) own.weight += head * n;
+    if (own.bias) own.bias += head * n;
+  }
+  normalise(own, x, n, x);
+}
+
+void cap_values(float* x, float scale, float cap, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = cap * __builtin_tanhf(x[i] * scale / cap);
+}
+
+void rotate(const as_layer& l, int64_t position, float* head) {
+  if (!l.cosine) return;
+  const int64_t half = l.rotary / 2;
+  const float *cosine = l.cosine + position * half, *sine = l.sine + position * half;
   for (int64_t i = 0; i < half; ++i) {
     const float a = head[i], b = head[i + half];
     head[i] = a * cosine[i] - b * sine[i];
@@ -52,12 +75,12 @@ struct Batch {
   const as_decoder* const* decoder;
   const int64_t *token, *position;
   int64_t size;
-  // Positions attended to: `count` from `begin` on.
-  int64_t begin(int64_t b) const {
-    const int64_t window = decoder[b]->window, end = position[b] + 1;
+  // Positions that a layer attends to: `count` from `begin` on.
+  int64_t begin(int64_t layer, int64_t b) const {
+    const int64_t window = decoder[b]->layer[layer].window, end = position[b] + 1;
     return window && end > window ? end - window : 0;
   }
-  int64_t count(int64_t b) const { return position[b] + 1 - begin(b); }
+  int64_t count(int64_t layer, int64_t b) const { return position[b] + 1 - begin(layer, b); }
 };
 
 // Rows of vectors [batch, stride]: q [heads, head_dim] becomes the attention output; k and v [kv_heads, head_dim] are appended to
@@ -76,8 +99,9 @@ void attend_head(const as_decoder& d, const as_layer& l, int64_t position, int64
   char* const keys = static_cast<char*>(l.k_cache) + h * d.cache_length * d.head_dim * size;
   char* const values = static_cast<char*>(l.v_cache) + h * d.cache_length * d.head_dim * size;
   float* const key = k + h * d.head_dim;
-  if (l.k_norm.weight) normalise(l.k_norm, key, d.head_dim, key);
-  rotate(d, position, key);
+  const float scale = d.attention_scale * (d.query_scale ? d.query_scale[position] : 1.0f);
+  normalise_head(l, l.k_norm, h, d.head_dim, key);
+  rotate(l, position, key);
   isa.narrow(d.cache_dtype, key, keys + position * d.head_dim * size, d.head_dim);
   isa.narrow(d.cache_dtype, v + h * d.head_dim, values + position * d.head_dim * size, d.head_dim);
   for (int64_t first = 0; first < group; first += AS_MAX_BATCH) {
@@ -86,12 +110,16 @@ void attend_head(const as_decoder& d, const as_layer& l, int64_t position, int64
     float* const result = out + (h * group + first) * d.head_dim;
     for (int64_t i = 0; i < n; ++i) {
       float* const head = query + i * d.head_dim;
-      if (l.q_norm.weight) normalise(l.q_norm, head, d.head_dim, head);
-      rotate(d, position, head);
+      normalise_head(l, l.q_norm, h * group + first + i, d.head_dim, head);
+      rotate(l, position, head);
       isa.arrange(d.cache_dtype, head, d.head_dim);
     }
     isa.dot_rows(d.cache_dtype, keys, d.head_dim, nullptr, begin, count, query, d.head_dim, n, d.head_dim, scores, score_stride);
-    for (int64_t i = 0; i < n; ++i) isa.softmax(scores + i * score_stride, d.attention_scale, count);
+    for (int64_t i = 0; i < n; ++i) {
+      float* const row = scores + i * score_stride;
+      if (d.attention_cap > 0.0f) cap_values(row, scale, d.attention_cap, count);
+      isa.softmax(row, d.attention_cap > 0.0f ? 1.0f : scale, count);
+    }
     isa.add_rows(d.cache_dtype, values, d.head_dim, nullptr, begin, count, scores, score_stride, n, d.head_dim, result,
                  d.head_dim, true);
   }
@@ -102,7 +130,7 @@ void attend(const Batch& batch, int64_t layer, Vectors q, Vectors k, Vectors v, 
   const int64_t heads = batch.size * d.kv_heads;
   int64_t positions = 0, most = 0;
   for (int64_t b = 0; b < batch.size; ++b) {
-    const int64_t count = batch.count(b);
+    const int64_t count = batch.count(layer, b);
     positions += count;
     most = count > most ? count : most;
   }
@@ -115,8 +143,8 @@ void attend(const Batch& batch, int64_t layer, Vectors q, Vectors k, Vectors v, 
     const Slice s = slice_of(heads, task, tasks);
     for (int64_t i = s.begin; i < s.end; ++i) {
       const int64_t b = i / d.kv_heads;
-      attend_head(*batch.decoder[b], batch.decoder[b]->layer[layer], batch.position[b], batch.begin(b), batch.count(b),
-                  i % d.kv_heads, q.row(b), k.row(b), v.row(b), out.row(b), scores + task * room);
+      attend_head(*batch.decoder[b], batch.decoder[b]->layer[layer], batch.position[b], batch.begin(layer, b),
+                  batch.count(layer, b), i % d.kv_heads, q.row(b), k.row(b), v.row(b), out.row(b), scores + task * room);
     }
   });
 }
@@ -147,6 +175,9 @@ void decode(const Batch& batch, float* logits, as_stats* stats, int64_t stats_st
     float* const to = h.row(b);
     isa.widen(d.embedding.dtype, stored_at(d.embedding, batch.token[b]), to, d.hidden);
     for (int64_t i = 0; i < d.hidden; ++i) to[i] *= d.embedding_scale;
+    if (!d.positions.data) continue;
+    isa.widen(d.positions.dtype, stored_at(d.positions, batch.position[b]), x.row(b), d.hidden);
+    for (int64_t i = 0; i < d.hidden; ++i) to[i] += x.row(b)[i];
   }
   for (int64_t n = 0; n < d.layers; ++n, stats += stats ? stats_stride : 0) {
     const as_layer& l = d.layer[n];
@@ -156,12 +187,18 @@ void decode(const Batch& batch, float* logits, as_stats* stats, int64_t stats_st
                       prepare(l.k, l.k_threshold, x.at, x.stride, rows, k.at, k.stride),
                       prepare(l.v, l.v_threshold, x.at, x.stride, rows, v.at, v.stride)};
     run(qkv, 3, rows, stats);
+    if (l.heads_norm == AS_ALL_HEADS) {
+      normalise(l.q_norm, q, rows, q_width, q);
+      normalise(l.k_norm, k, rows, kv_width, k);
+    }
     attend(batch, n, q, k, v, attention);
     Product o = prepare(l.o, l.o_threshold, attention.at, attention.stride, rows, block.at, block.stride);
     run(&o, 1, rows, stats);
+    normalise(l.attention_out_norm, block, rows, d.hidden, block);
     add_scaled(h, block, rows, d.residual_scale, d.hidden);
-    normalise(l.post_norm, h, rows, d.hidden, x);
+    if (!l.parallel) normalise(l.post_norm, h, rows, d.hidden, x);
     ffn(l.ffn, x.at, x.stride, block.at, block.stride, rows, stats);
+    normalise(l.ffn_out_norm, block, rows, d.hidden, block);
     add_scaled(h, block, rows, d.residual_scale, d.hidden);
     scratch.release(mark);
   }
@@ -171,6 +208,7 @@ void decode(const Batch& batch, float* logits, as_stats* stats, int64_t stats_st
   run(&p, 1, rows, stats);
   if (d.logit_scale != 1.0f)
     for (int64_t i = 0; i < rows * head.out; ++i) logits[i] *= d.logit_scale;
+  if (d.logit_cap > 0.0f) cap_values(logits, 1.0f, d.logit_cap, rows * head.out);
 }
 
 bool same(const as_matrix& v, const as_matrix& w) {
@@ -182,11 +220,11 @@ bool same(const as_matrix& v, const as_matrix& w) {
 // belong to one text: two that have any never go together.
 bool alike(const as_decoder& a, const as_decoder& b) {
   if (a.layers != b.layers || a.hidden != b.hidden || a.heads != b.heads || a.kv_heads != b.kv_heads || a.head_dim != b.head_dim ||
-      a.window != b.window || a.cache_dtype != b.cache_dtype || !same(a.embedding, b.embedding) || !same(a.lm_head, b.lm_head))
+      a.cache_dtype != b.cache_dtype || !same(a.embedding, b.embedding) || !same(a.lm_head, b.lm_head))
     return false;
   for (int64_t n = 0; n < a.layers; ++n) {
     const as_layer &l = a.layer[n], &m = b.layer[n];
-    if (!same(l.q, m.q) || !same(l.k, m.k) || !same(l.v, m.v) || !same(l.o, m.o) ||
+    if (l.window != m.window || !same(l.q, m.q) || !same(l.k, m.k) || !same(l.v, m.v) || !same(l.o, m.o) ||
         !same(l.ffn.gate, m.ffn.gate) || !same(l.ffn.up, m.ffn.up) || !same(l.ffn.down, m.ffn.down) ||
         l.ffn.neurons || m.ffn.neurons || l.k_cache == m.k_cache || l.v_cache == m.v_cache)
       return false;

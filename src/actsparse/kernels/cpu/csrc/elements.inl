@@ -167,7 +167,7 @@ void tally(const float* strength, float level, float unit, int64_t n, float* cou
 void normalise(int32_t kind, const float* x, const float* weight, const float* bias, float eps, int64_t n, float* y) {
   // Eight partial sums in double: exact enough for any width and independent of the vector length.
   double mean = 0.0;
-  if (kind == 1) {
+  if (kind == AS_LAYER_NORM) {
     double part[8] = {};
     for (int64_t i = 0; i < n; ++i) part[i & 7] += double(x[i]);
     for (double p : part) mean += p;
