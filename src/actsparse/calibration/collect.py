@@ -91,6 +91,8 @@ def calibrate(
         sparsity = chosen.sparsity
     targets = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
     check_sparsity(targets)
+    for target in targets if budget is None else ():
+        chosen.check_target(target)
     if allocation not in ALLOCATIONS:
         raise CalibrationError(f"allocation {allocation!r} is unknown: expected one of {', '.join(ALLOCATIONS)}")
     if budget is not None and scorer is None:
@@ -124,7 +126,7 @@ def calibrate(
     if budget is None or scorer is None:
         plans = [solve(target) for target in targets]
     else:
-        spent = search(model, solve, windows, budget, scorer, progress=progress)
+        spent = search(model, solve, windows, budget, scorer, highest=chosen.highest, progress=progress)
         plans, targets = [spent.plan], [spent.plan.sparsity]
     if output is not None:
         for plan, path in zip(plans, plan_paths(output, targets), strict=True):

@@ -10,18 +10,21 @@ Shape letters: O outputs, I inputs, L levels, T tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 from actsparse.kernels import planes
 from actsparse.kernels.planes import GROUP, Packed
-from actsparse.methods.rounding import gains_of, round_columns
+from actsparse.methods.rounding import CLIPS, blocks_of, gains_of, round_columns
 
 # Added to the Hessian's diagonal, as a fraction of its mean: fewer tokens than inputs make it singular.
 DAMPING = 0.01
-# Columns between two updates of all that follow.
-_BLOCK = 128
+# Inputs that share a scale where rows are rounded.
+ROW_GROUP = 64
+# Columns between two updates of all that follow, and between two of those up to there.
+_BLOCK, _COLUMNS = 128, 16
 
 
 def energy_shares(deviation: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -62,34 +65,95 @@ def round_with_feedback(
     mantissa = torch.empty(planes.groups_of(outputs), inputs, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(inputs, dtype=torch.bfloat16, device=weight.device)
     fits = torch.zeros(2, stored // 2, dtype=torch.float64, device=weight.device)
-    for at in range(0, inputs, 4 * _BLOCK):
-        block = slice(at, at + 4 * _BLOCK)
+    for block in blocks_of(outputs, inputs):
         _, mantissa[:, block], scale[block], fit = round_columns(weight[:, block], stored, level_weight[:, block])
         fits += fit
     gain = gains_of(fits)
 
     order = hessian.diagonal().argsort(descending=True)
+    half_range = (mantissa.float() * (scale.float() / 255)).T[order]
+    half = 2 ** (stored - 1)
+    steps = (half / half_range.clamp(min=1e-30)).unsqueeze(2)
+    half_range = half_range.unsqueeze(2)
+    values = _values_read(stored, gain, shares[:, order])
+    codes = torch.empty(inputs, planes.groups_of(outputs) * GROUP, dtype=torch.uint8, device=weight.device)
+
+    def read(i: int, column: torch.Tensor) -> torch.Tensor:
+        code = (column.view(-1, GROUP) * steps[i]).add_(half).floor_().clamp_(0, 2 * half - 1).long()
+        codes[i] = code.view(-1)
+        return (values[i].take(code) * half_range[i]).view(-1)
+
+    padded = F.pad(weight.float(), (0, 0, 0, -outputs % GROUP))
+    stood = _feed_back(padded, hessian, order, damping, read)[:, :outputs]
+    back = order.argsort()
+    return planes.pack(codes[back, :outputs].T, mantissa, scale, gain, stored), stood[back].T
+
+
+def round_rows_with_feedback(
+    weight: torch.Tensor, bits: int, hessian: torch.Tensor, group: int = ROW_GROUP, damping: float = DAMPING
+) -> tuple[torch.Tensor, float]:
+    """W [O, I] as GPTQ rounds it, float32 [O, I], and the bits it takes per weight: what others are compared with.
+
+    Each ``group`` inputs of a row share a scale (16 bits) and a zero point (``bits`` bits), searched before any column is
+    rounded; codes count from 0 to 2^bits - 1 (asymmetric).
+
+    Raises ValueError when the Hessian stays singular.
+    """
+    outputs, inputs = weight.shape
+    grouped = F.pad(weight.float(), (0, -inputs % group)).unflatten(1, (-1, group))
+    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    most = 2**bits - 1
+    best = torch.full_like(low, torch.inf)
+    scale, zero = torch.ones_like(low), torch.zeros_like(low)
+    for clip in CLIPS:
+        step = ((high - low) * (clip / most)).clamp(min=1e-8).half().float().clamp(min=6e-8)
+        origin = (-low * clip / step).round()
+        code = (grouped / step[..., None] + origin[..., None]).round().clamp(0, most)
+        error = (grouped - (code - origin[..., None]) * step[..., None]).square().sum(2)
+        scale, zero = torch.where(error < best, step, scale), torch.where(error < best, origin, zero)
+        best = torch.minimum(error, best)
+    order = hessian.diagonal().argsort(descending=True)
+    place = (order // group).tolist()
+    rounded = torch.empty(inputs, outputs, device=weight.device)
+
+    def read(i: int, column: torch.Tensor) -> torch.Tensor:
+        step, origin = scale[:, place[i]], zero[:, place[i]]
+        rounded[i] = ((column / step + origin).round_().clamp_(0, most) - origin) * step
+        return rounded[i]
+
+    _feed_back(weight, hessian, order, damping, read)
+    return rounded[order.argsort()].T.contiguous(), bits + (16 + bits) / group
+
+
+def _feed_back(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    order: torch.Tensor,
+    damping: float,
+    read: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Go through the columns in ``order``; ``read`` is given a place in it and a column [O], and tells what is read of it.
+
+    Its error is made good by the columns after it.  Returns what each stood at when its turn came, [I, O] in order.
+    """
+    inputs, outputs = len(order), len(weight)
     upper = _inverse_factor(hessian[order][:, order], damping)
     rest = weight.float()[:, order].T.contiguous()  # [I, O]: a column lies together
-    half_range = (mantissa.float() * (scale.float() / 255)).T[order]
-    ordered_shares = shares[:, order]
-    codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
     for begin in range(0, inputs, _BLOCK):
         end = min(begin + _BLOCK, inputs)
         errors = torch.empty(end - begin, outputs, device=weight.device)
         with _one_thread():
-            for i in range(begin, end):
-                column = rest[i]
-                steps = half_range[i].repeat_interleave(GROUP)[:outputs]
-                codes[i], read = _read_value(column, steps, stored, gain, ordered_shares[:, i])
-                torch.div(column - read, upper[i, i], out=errors[i - begin])
-                if i + 1 < end:
-                    rest[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - begin], alpha=-1)
+            for first in range(begin, end, _COLUMNS):
+                last = min(first + _COLUMNS, end)
+                for i in range(first, last):
+                    torch.div(rest[i] - read(i, rest[i]), upper[i, i], out=errors[i - begin])
+                    if i + 1 < last:
+                        rest[i + 1 : last].addr_(upper[i, i + 1 : last], errors[i - begin], alpha=-1)
+                if last < end:
+                    rest[last:end].addmm_(upper[first:last, last:end].T, errors[first - begin : last - begin], alpha=-1)
         if end < inputs:
             rest[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(inputs, device=order.device)
-    return planes.pack(codes[back].T, mantissa, scale, gain, stored), rest[back].T
+    return rest
 
 
 @contextlib.contextmanager
@@ -103,18 +167,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _read_value(
-    column: torch.Tensor, steps: torch.Tensor, stored: int, gain: torch.Tensor, shares: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A column's code, and the mean of the values it is read as, by share."""
-    half = 2 ** (stored - 1)
-    code = (column * (half / steps.clamp(min=1e-30)) + half).floor_().clamp_(0, 2 * half - 1)
-    read = torch.zeros_like(column)
+def _values_read(stored: int, gain: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """What each code is read as on average, by the columns' shares [L + 1, I], in units of the half range: [I, 2^S]."""
+    code = torch.arange(2**stored, dtype=torch.float32, device=gain.device)
+    read = torch.zeros(shares.shape[1], 2**stored, device=gain.device)
     for index, share in enumerate(shares[1:]):
         level = 2 * index + 2
         value = (code * 2.0 ** (level - stored)).floor_().add_(0.5 - 2 ** (level - 1))
-        read += value * (share * gain[index] * 2.0 ** (1 - level))
-    return code.to(torch.uint8), read * steps
+        read += share.unsqueeze(1) * (value * (gain[index] * 2.0 ** (1 - level)))
+    return read
 
 
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:

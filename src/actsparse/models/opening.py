@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,18 @@ def device_of(name: str) -> torch.device:
     if device.type == "meta":
         raise ModelError("device is 'meta', expected one that holds values")
     return device
+
+
+def check_unquantised(name: str) -> None:
+    """ModelError for a directory whose config.json says that another tool has quantised its weights."""
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        about = config.get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # not ours to judge: opening it tells what is wrong
+    if about and directory.of_config(config) is None:
+        tool = about.get("quant_method") if isinstance(about, dict) else None
+        raise ModelError(f"model {name} is quantised already ({tool or 'by an unnamed tool'}), expected dense weights")
 
 
 def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:

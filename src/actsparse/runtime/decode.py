@@ -22,6 +22,7 @@ from actsparse.models.sites import LayerSites, ModelError
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import SparseFFN, SparseLinear
 from actsparse.runtime.packed import PackedLinear
+from actsparse.runtime.packed_ffn import PackedFFN
 from actsparse.runtime.prompts import read
 from actsparse.runtime.sessions import Session
 from actsparse.runtime.swap import prompts_of, state_of
@@ -286,7 +287,8 @@ def _layer(backend: Any, layer: LayerSites, model: Any, keys: torch.Tensor, valu
         rules = ffn.rules()
         block: list[Any] = [layer.weight(name).detach() for name in sites.FFN_PROJECTIONS]
     else:
-        rules = kernels.Rules(sites.activation_of(model), family.up_activation)
+        plain = kernels.Rules(sites.activation_of(model), family.up_activation)
+        rules = ffn.rules() if isinstance(ffn, PackedFFN) else plain
         block = [_matrix(backend, layer.product(name)) for name in sites.FFN_PROJECTIONS]
     gate, up, down = block
     return backend.layer_of(
