@@ -25,9 +25,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from actsparse.calibration.activity import activities
 from actsparse.calibration.allocation import ALLOCATIONS, Allocation, allocate
 from actsparse.calibration.budget import Budget, Scorer, search
+from actsparse.calibration.observing import observe
 from actsparse.methods import Method, make
 from actsparse.methods.base import HEAD, Calibrated, Layer, Targets
 from actsparse.methods.statistics import MAX_TOKENS, Batch, CalibrationError, Statistic
@@ -258,20 +258,17 @@ class Calibration:
             for method in group.methods
         }
         observing = [method for group in self._groups for method in group.methods if method.activity]
-        return found | self._observe(observing, progress) if observing else found
+        return found | self._observe(observing, progress, partial) if observing else found
 
-    def _observe(self, methods: list[Method], progress: Progress | None) -> dict[str, list[Calibrated]]:
+    def _observe(
+        self, methods: list[Method], progress: Progress | None, partial: Path | None
+    ) -> dict[str, list[Calibrated]]:
         """What methods that need whole activities make of them; the output head comes last, as layer -1."""
-        views = {view.index: view for view in self._views}
         head = self._model.get_output_embeddings()
+        views = {view.index: view for view in self._views}
         views[HEAD] = Layer(HEAD, self.identity, lambda name: head.weight.detach(), gated=views[0].gated)
-        found: dict[str, dict[int, Calibrated]] = {method.name: {} for method in methods}
-        for activity in activities(self._model, self.windows.tokens, progress=progress):
-            view = views[activity.layer]
-            for method in methods:
-                seen = method.observe(view, activity.inputs, activity.sensitivity)
-                found[method.name][activity.layer] = Calibrated(view, seen)
-        return {name: [layers[index] for index in (*range(len(self._views)), HEAD)] for name, layers in found.items()}
+        tokens = self.windows.tokens
+        return observe(self._model, tokens, methods, views, key=self._key(), partial=partial, progress=progress)
 
     def solve(
         self, method: Method, calibrated: list[Calibrated], targets: Targets, *, scope: str | None = None

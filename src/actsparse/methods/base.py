@@ -144,6 +144,10 @@ class Method(ABC):
         """
         raise NotImplementedError
 
+    def observed(self, state: Mapping[str, torch.Tensor]) -> Statistic:
+        """A statistic of :meth:`observe` from its ``state()``."""
+        raise NotImplementedError
+
     @abstractmethod
     def solve(self, layers: Sequence[Calibrated], targets: Targets) -> Solution:
         """Turn the statistics into rules."""

@@ -261,6 +261,9 @@ class Graded(Method):
                 found[name] = reading_of(x, unit, packed, center)
         return found
 
+    def observed(self, state: Mapping[str, torch.Tensor]) -> Statistic:
+        return Reading(**state)
+
     def solve(self, layers: Sequence[Calibrated], targets: Targets) -> Solution:
         readings = {(c.layer.index, name): s for c in layers for name, s in c.statistics.items()}
         # A search for a budget begins at sparsity 0, and no sparsity reads more than every plane.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -110,13 +111,17 @@ def local_directory(name: str) -> str:
 
 
 def open_gguf(file: str) -> tuple[Any, Any]:
-    """The model and tokenizer of a GGUF file, its weights dequantised by transformers; ModelError when that fails."""
+    """The model and tokenizer of a GGUF file, dequantised to bfloat16 by transformers; ModelError when that fails."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(file)
+    if not path.is_file():
+        raise ModelError(f"{file} does not exist or is not a file, expected a GGUF file")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{file} needs the package gguf: pip install 'actsparse[gguf]'")
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers and gguf raise many unrelated kinds
         raise ModelError(f"{file} cannot be loaded: {_first_line(error)}") from None
