@@ -166,8 +166,7 @@ class _Run:
         self._open = [cell for cell in self._cells if not self._is_done(cell_name(*cell))]
         self._unsolved = [cell for cell in self._open if not self._is_solved(cell_name(*cell))]
         self._total = self._done = 0
-        nothing = self._dense.collect()["dense"]
-        plan = self._dense.solve(make("dense"), nothing, Targets(0.0))
+        plan = self._dense.solve(make("dense"), [], Targets(0.0))
         self._stored = StoredModels(model, tokenizer, self.calibration, plan, directory / "weights")
 
     def solve_plans(self) -> None:
