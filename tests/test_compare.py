@@ -158,8 +158,8 @@ def test_the_page_stands_alone(model: Any, tokenizer: Any, grid: Grid, tmp_path:
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table == markdown(results)
     rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert {row.count("|") for row in rows[: len(results.cells) + 2]} == {11}
-    assert re.search(r"^\| cats \| 0\.3 \|", table, re.MULTILINE)
+    assert {row.count("|") for row in rows[: len(results.cells) + 2]} == {13}
+    assert re.search(r"^\| (\*\*)?cats(\*\*)? \| 0\.3 \|", table, re.MULTILINE)
     # Rendered again from the folder alone, it is the same.
     before = files(tmp_path)
     assert main(["report", str(tmp_path)]) == 0

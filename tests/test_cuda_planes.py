@@ -183,7 +183,7 @@ def test_many_rows(where: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
 def test_columns_rounded_with_feedback(where: dict[str, Any]) -> None:
     """As the loop on the CPU does, but for values that lie within rounding of a step."""
     g = torch.Generator().manual_seed(2)
-    inputs, outputs, begin, end, stored = 40, 150, 5, 37, 6
+    inputs, outputs, begin, end, stored = 40, 192, 5, 37, 6
     rest = torch.randn(inputs, outputs, generator=g)
     half_range = 1.5 + torch.rand(inputs, planes.groups_of(outputs), generator=g)
     upper = (torch.eye(inputs) + 0.1 * torch.rand(inputs, inputs, generator=g)).triu()

@@ -151,3 +151,31 @@ def test_a_plan_rounds_the_model_it_meets_and_restores_it(tiny, tokenizer, text_
     assert float(error) < 0.15
     actsparse.restore(model)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_an_interrupted_calibration_goes_on_layer_by_layer(
+    tiny, tokenizer, text_file, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama", hidden_size=128, intermediate_size=256, head_dim=32, num_attention_heads=4)
+    options = {"method": "graded", "sparsity": 1 - 4 / 16, "tokens": 512, "window": 64}
+    actsparse.calibrate(model, tokenizer, str(text_file), output=tmp_path / "whole", **options)
+    method, observe = actsparse.METHODS["graded"], actsparse.METHODS["graded"].observe
+    seen: list[int] = []
+
+    def stop(self, layer, *arguments):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(layer.index)
+        return observe(self, layer, *arguments)
+
+    monkeypatch.setattr(method, "observe", stop)
+    with pytest.raises(KeyboardInterrupt):
+        actsparse.calibrate(model, tokenizer, str(text_file), output=tmp_path / "again", **options)
+    assert seen == [HEAD, 1]
+    monkeypatch.setattr(
+        method, "observe", lambda self, layer, *a: (seen.append(layer.index), observe(self, layer, *a))[1]
+    )
+    actsparse.calibrate(model, tokenizer, str(text_file), output=tmp_path / "again", **options)
+    assert seen == [HEAD, 1, 0]
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "text.txt", "whole"]

@@ -5,24 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from actsparse.calibration import pack as engine
 from actsparse.calibration.pack import Settings, pack
 from actsparse.cli import main
 from actsparse.kernels import planes
+from actsparse.measure.evaluate import scorer
 from actsparse.methods.base import MethodError
 from actsparse.methods.statistics import CalibrationError
-from actsparse.models import opening, sites
+from actsparse.models import opening, sites, text
 from actsparse.models.sites import ModelError
 from actsparse.runtime.decode import Decoder
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.packed import PackedLinear, open_packed
 from actsparse.runtime.swap import open_model, restore, sparsify, state_of
+from tests.conftest import REFERENCE
 
 SETTINGS = Settings(bits_stored=6, bits_read=3.2, tokens=512)
 
@@ -171,4 +176,87 @@ def test_weights_of_nan_leave_nothing_behind(directory: Path, text_settings: Set
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CalibrationError, match="NaN or infinite"):
         pack(str(directory), tmp_path / "packed", text_settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
+
+
+def test_a_budget_of_perplexity_is_met_beside_the_dense_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, path = str(REFERENCE / "swiglu"), str(tmp_path / "packed")
+    source = str(REFERENCE / "text" / "calibration.jsonl")
+    options = ["--text", source, "--tokens", "1024"]
+    assert main(["pack", dense, "-o", path, "--max-ppl-increase", "4%", *options]) == 0
+    assert "asked for at most 4.00%" in capsys.readouterr().out
+    model = open_model(path)
+    state = state_of(model)
+    assert state is not None
+    plan = state.plan
+    assert plan.scope == "decode"
+    windows = text.load_windows(source, AutoTokenizer.from_pretrained(path), tokens=1024, window=512)
+    found = scorer(model, windows, opening.open_model(dense))(plan.with_scope("all"))[1]
+    assert found == pytest.approx(plan.settings["measured_ppl_increase"], abs=1e-3)
+    assert 0.025 < found <= 0.04
+    # Every plane of four bits costs more than nothing.
+    more = ["--max-ppl-increase", "0", "--bits-stored", "4"]
+    assert main(["pack", dense, "-o", str(tmp_path / "none"), *more, *options]) == 2
+    assert "at the least that graded can skip, expected at most the 0.00% asked for" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert main(["pack", dense, "-o", str(tmp_path / "none"), "--max-ppl-increase", "-0.5", *options]) == 2
+    assert "perplexity increase is -0.5, expected 0 or more" in capsys.readouterr().err
+
+
+def test_codes_of_another_model_are_refused(
+    directory: Path, text_settings: Settings, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    pack(str(directory), tmp_path / "one", text_settings)
+    changes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_attention_heads": 4}
+    tiny("llama", torch.bfloat16, seed=1, **changes).save_pretrained(directory)
+    pack(str(directory), tmp_path / "two", text_settings)
+    name = "actsparse-00001.safetensors"
+    (tmp_path / "one" / name).write_bytes((tmp_path / "two" / name).read_bytes())
+    with pytest.raises(ModelError, match=r"actsparse-00001\.safetensors holds codes of another model or layer"):
+        open_packed(str(tmp_path / "one"))
+
+
+def test_weights_that_another_tool_quantised_are_refused(
+    directory: Path, text_settings: Settings, tmp_path: Path
+) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"is quantised already \(gptq\), expected dense weights"):
+        pack(str(directory), tmp_path / "packed", text_settings)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_full_disk_is_one_line(
+    directory: Path,
+    text_settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [
+        "pack",
+        str(directory),
+        "-o",
+        str(tmp_path / "packed"),
+        "--text",
+        str(text_settings.text),
+        "--tokens",
+        "512",
+    ]
+
+    def full(tensors: Any, path: str, *more: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "save_file", full)
+        assert main(arguments) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("actsparse: cannot write")
+    assert err.endswith("No space left on device (os error 28)")
+    monkeypatch.setattr(engine.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert main(arguments) == 2
+    assert "needs about 0.0 GB" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]

@@ -14,7 +14,8 @@ from actsparse.methods.statistics import CalibrationError
 from actsparse.models.text import Windows
 from actsparse.plan import Plan
 
-HIGHEST = 0.95
+# What rounding alone may change of a perplexity.
+NOTHING = 1e-4
 # A search ends when the sparsity is known this closely.
 RESOLUTION = 1 / 256
 # Weights read is a mean over thousands of decisions a token: a few thousand tokens give it to a part in a thousand.
@@ -72,27 +73,31 @@ def search(
     budget: Budget,
     scorer: Scorer,
     *,
+    begin: float = 0.0,
+    highest: float = 0.95,
     progress: Progress | None = None,
 ) -> Found:
     """The plan that spends ``budget``: the least sparsity that reads little enough, or the most that costs little enough.
 
     Args:
-        model: the dense model; it is left dense.
+        model: the model that plans are for; it is left dense.
         solve: the plan for a sparsity.
         windows: windows of the calibration text to measure on.
         budget: what to meet.
         scorer: what measures a plan.
+        begin: the least sparsity that is tried.
+        highest: the greatest.
         progress: called after every measurement.
 
     Raises:
-        CalibrationError: no sparsity up to :data:`HIGHEST` reads as little as asked.
+        CalibrationError: no sparsity up to ``highest`` reads as little as asked, or already ``begin`` costs more.
     """
     reading = budget.weights_read is not None
     rows = max(2, READING_TOKENS // int(windows.tokens.shape[1])) if reading else len(windows.tokens)
     sample = Windows(windows.tokens[:rows], windows.source, windows.domains[:rows])
     score = scorer(model, sample)
     trace: list[tuple[float, float]] = []
-    rounds = 2 + int(HIGHEST / RESOLUTION).bit_length()
+    rounds = 2 + int((highest - begin) / RESOLUTION).bit_length()
 
     def measure(sparsity: float) -> tuple[Plan, float]:
         plan = solve(sparsity)
@@ -105,16 +110,21 @@ def search(
     limit = budget.weights_read if budget.weights_read is not None else budget.max_ppl_increase
     assert limit is not None
     # `good` meets the budget; for reading it is the upper end of the bracket, for perplexity the lower one.
-    low, high = 0.0, HIGHEST
+    low, high = begin, highest
     if reading:
         good = measure(high)
         if good[1] > limit:
             raise CalibrationError(
                 f"{limit:.1%} of the weights is less than {good[0].method} can read: "
-                f"sparsity {HIGHEST:g} reads {good[1]:.1%}"
+                f"sparsity {highest:g} reads {good[1]:.1%}"
             )
     else:
         good = measure(low)
+        if good[1] > limit + NOTHING:
+            raise CalibrationError(
+                f"the perplexity increase is {good[1]:.2%} at the least that {good[0].method} can skip, expected at most the "
+                f"{limit:.2%} asked for (more bits stored cost less)"
+            )
     while high - low > RESOLUTION:
         middle = (low + high) / 2
         plan, value = measure(middle)

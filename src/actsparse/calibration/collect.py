@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from actsparse.calibration.activity import activities
 from actsparse.calibration.allocation import ALLOCATIONS, Allocation, allocate
 from actsparse.calibration.budget import Budget, Scorer, search
+from actsparse.calibration.observing import observe
 from actsparse.calibration.signals import DeferredSignals
 from actsparse.methods import Method, make
 from actsparse.methods.base import HEAD, Calibrated, Layer, MethodError, Targets
@@ -90,6 +90,8 @@ def calibrate(
         sparsity = chosen.sparsity
     targets = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
     check_sparsity(targets)
+    for target in targets if budget is None else ():
+        chosen.check_target(target)
     if allocation not in ALLOCATIONS:
         raise CalibrationError(f"allocation {allocation!r} is unknown: expected one of {', '.join(ALLOCATIONS)}")
     if budget is not None and scorer is None:
@@ -123,7 +125,7 @@ def calibrate(
     if budget is None or scorer is None:
         plans = [solve(target) for target in targets]
     else:
-        spent = search(model, solve, windows, budget, scorer, progress=progress)
+        spent = search(model, solve, windows, budget, scorer, highest=chosen.highest, progress=progress)
         plans, targets = [spent.plan], [spent.plan.sparsity]
     if output is not None:
         for plan, path in zip(plans, plan_paths(output, targets), strict=True):
@@ -263,20 +265,17 @@ class Calibration:
             for method in group.methods
         }
         observing = [method for group in self._groups for method in group.methods if method.activity]
-        return found | self._observe(observing, progress) if observing else found
+        return found | self._observe(observing, progress, partial) if observing else found
 
-    def _observe(self, methods: list[Method], progress: Progress | None) -> dict[str, list[Calibrated]]:
+    def _observe(
+        self, methods: list[Method], progress: Progress | None, partial: Path | None
+    ) -> dict[str, list[Calibrated]]:
         """What methods that need whole activities make of them; the output head comes last, as layer -1."""
-        views = {view.index: view for view in self._views}
         head = self._model.get_output_embeddings()
+        views = {view.index: view for view in self._views}
         views[HEAD] = Layer(HEAD, self.identity, lambda name: head.weight.detach(), gated=views[0].gated)
-        found: dict[str, dict[int, Calibrated]] = {method.name: {} for method in methods}
-        for activity in activities(self._model, self.windows.tokens, progress=progress):
-            view = views[activity.layer]
-            for method in methods:
-                seen = method.observe(view, activity.inputs, activity.sensitivity)
-                found[method.name][activity.layer] = Calibrated(view, seen)
-        return {name: [layers[index] for index in (*range(len(self._views)), HEAD)] for name, layers in found.items()}
+        tokens = self.windows.tokens
+        return observe(self._model, tokens, methods, views, key=self._key(), partial=partial, progress=progress)
 
     def solve(
         self, method: Method, calibrated: list[Calibrated], targets: Targets, *, scope: str | None = None

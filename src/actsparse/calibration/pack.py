@@ -2,7 +2,8 @@
 
 The model's files are mapped, and its layers visited from the last to the first with the loss's gradients
 (:mod:`.activity`): each layer's matrices are rounded, with the error fed back to the columns not yet rounded, and written
-before the next is touched.  What every threshold hangs on, theta, is known when all layers are done.
+before the next is touched.  What every threshold hangs on, theta, is known when all layers are done,
+or is searched for then, by measuring what plans cost.
 
 A run that was killed goes on after the last whole layer, and ends in the same bytes.
 """
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from actsparse.calibration.activity import Activity, Progress, activities
+from actsparse.calibration.budget import Budget, Score, search
 from actsparse.calibration.collect import load_calibration_windows
 from actsparse.kernels.planes import STORED
 from actsparse.methods.base import HEAD, MethodError
@@ -31,21 +33,25 @@ from actsparse.methods.feedback import energy_shares, round_with_feedback
 from actsparse.methods.graded import (
     DENSE_BITS,
     HEAD_WEIGHT,
+    LEAST_BITS,
     Reading,
     alone,
     by_input,
     center_of,
+    check_bits,
+    most_bits,
     reading_of,
     solution_of,
     unit_of,
 )
 from actsparse.methods.rounding import round_nearest
+from actsparse.methods.statistics import CalibrationError
 from actsparse.models import directory, opening, sites, text
 from actsparse.models.sites import ModelError
-from actsparse.plan import ModelIdentity, Plan, atomic_path
+from actsparse.plan import ModelIdentity, Plan, atomic_path, one_line
 from actsparse.runtime import saving
 from actsparse.runtime.lowmemory import mapped_weights, open_mapped
-from actsparse.runtime.packed import tensors_of
+from actsparse.runtime.packed import digest_of, open_packed, tensors_of
 
 # What the presets read, in bits per weight (docs/graded.md says what each costs).
 QUALITIES = {"near-lossless": 4.0, "balanced": 3.0, "fast": 2.5}
@@ -58,7 +64,11 @@ DEFAULT_TEXT = Path(__file__).parent / "default.jsonl"
 BLEND = 0.5
 _COPIED = (".json", ".jinja", ".model", ".txt")
 # Raise it when the same inputs give other bytes.
-_RECIPE = 1
+_RECIPE = 2
+# The name of plans that read every plane: quantisation and nothing else.
+PLAIN = "plain"
+# Measures plans on a packed model beside the dense one: (packed, windows, dense); ``actsparse.measure.evaluate.scorer`` is one.
+Scorer = Callable[[Any, text.Windows, Any], Score]
 
 
 @dataclass(frozen=True)
@@ -67,14 +77,18 @@ class Settings:
 
     Attributes:
         bits_stored: 4, 6 or 8.
-        bits_read: bits read per weight of the decoder layers' matrices, scales included.
+        bits_read: bits read per weight of the decoder layers' matrices, scales included; None for every plane, always: plain
+            quantisation, which other methods' thresholds may be put on.
+        max_ppl_increase: find the fewest bits that cost at most this relative increase of perplexity on the calibration text
+            (0.01 for 1 %); ``bits_read`` is then what codes are rounded for.
         text: calibration text; None for the one that comes with the package.
         tokens: how many of its tokens; None for what some minutes of two cores allow, 2,048 to 16,384 (see
             :func:`default_tokens`).
     """
 
     bits_stored: int = 6
-    bits_read: float = QUALITIES["balanced"]
+    bits_read: float | None = QUALITIES["balanced"]
+    max_ppl_increase: float | None = None
     text: str | None = None
     tokens: int | None = None
 
@@ -82,11 +96,10 @@ class Settings:
         """MethodError for values out of range."""
         if self.bits_stored not in STORED:
             raise MethodError(f"bits stored is {self.bits_stored}, expected 4, 6 or 8")
-        if not 0 < self.bits_read <= self.bits_stored + 1:
-            raise MethodError(
-                f"bits read is {self.bits_read:g}, expected more than 0 and at most the {self.bits_stored} stored "
-                "(and scales)"
-            )
+        if self.bits_read is not None:
+            check_bits(self.bits_read, self.bits_stored)
+        if self.max_ppl_increase is not None:
+            Budget(max_ppl_increase=self.max_ppl_increase)
 
 
 def pack(
@@ -95,6 +108,7 @@ def pack(
     settings: Settings,
     *,
     device: str = "cpu",
+    scorer: Scorer | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Pack the model ``name`` (a directory or a hub id) into the directory ``output``; returns the plan in it.
@@ -105,17 +119,21 @@ def pack(
             layers that are done, until then.
         settings: how.
         device: where calibration and rounding run, and the whole model lies meanwhile.
+        scorer: what measures plans where ``max_ppl_increase`` is asked for.
         progress: called after every batch.
 
     Raises:
         ModelError, MethodError, TextError, CalibrationError, PlanError: with one line that names what was wrong.
     """
     settings.check()
+    if settings.max_ppl_increase is not None and scorer is None:
+        raise CalibrationError("a budget was given without a scorer, expected both (actsparse pack hands one in)")
     target = Path(output)
     if target.exists():
         raise ModelError(f"{target} exists, expected a new directory")
     if directory.is_packed(name):
         raise ModelError(f"model {name} is packed already, expected a dense one")
+    opening.check_unquantised(name)
     place = opening.device_of(device)
     model, tokenizer, source, release = _open(name, place)
     windows = load_calibration_windows(
@@ -127,11 +145,36 @@ def pack(
         packing="packed",
         default=WINDOW,
     )
+    return pack_opened(
+        model, tokenizer, windows, target, settings, scorer=scorer, source=source, release=release, progress=progress
+    )
+
+
+def pack_opened(
+    model: Any,
+    tokenizer: Any,
+    windows: text.Windows,
+    target: Path,
+    settings: Settings,
+    *,
+    scorer: Scorer | None = None,
+    source: Path | None = None,
+    release: Callable[[int], None] = lambda index: None,
+    progress: Progress | None = None,
+) -> Plan:
+    """:func:`pack` of a model in memory, on given windows, into a directory that does not exist.
+
+    ``source`` is where configuration and tokenizer are copied from (None: they are saved anew), ``release`` is called with the
+    index of a layer whose weights are not needed for a while.
+    """
     run = _Run(model, windows, settings, target.parent / f".{target.name}.packing")
     _check_room(target, run.expected_bytes())
     readings = run.layers(release, progress)
     plan = run.plan(readings)
-    run.finish(source, tokenizer, plan, target)
+    run.complete(source, tokenizer, plan)
+    if settings.max_ppl_increase is not None and scorer is not None:
+        plan = run.within_budget(readings, scorer, progress)
+    run.publish(plan, target)
     return plan
 
 
@@ -207,23 +250,51 @@ class _Run:
         return {key: reading for index in order for key, reading in self._readings(index)}
 
     def plan(self, readings: dict[tuple[int, str], Reading]) -> Plan:
-        """The plan at the settings' budget."""
+        """The plan that reads the settings' bits."""
+        bits = self._settings.bits_read
+        if bits is not None:
+            return self._graded(readings, bits)
+        return self._plan(PLAIN, 0.0, {"bits_read": most_bits(readings)}, scope="all")
+
+    def within_budget(
+        self, readings: dict[tuple[int, str], Reading], scorer: Scorer, progress: Progress | None
+    ) -> Plan:
+        """The plan of the fewest bits that stays within the settings' budget, measured in the folder as it is."""
+        packed, _ = open_packed(str(self._folder))
+        most = most_bits(readings)
+
+        def solve(sparsity: float) -> Plan:
+            return self._graded(readings, min(DENSE_BITS * (1 - sparsity), most)).with_scope("all")
+
+        limit = self._settings.max_ppl_increase
+        found = search(
+            packed, solve, self._windows, Budget(max_ppl_increase=limit),
+            lambda model, windows: scorer(model, windows, self._model),
+            begin=1 - most / DENSE_BITS, highest=1 - LEAST_BITS / DENSE_BITS, progress=progress,
+        )  # fmt: skip
+        facts = {"max_ppl_increase": limit, "measured_ppl_increase": found.measured}
+        return replace(found.plan.with_scope("decode"), settings={**found.plan.settings, **facts})
+
+    def _graded(self, readings: dict[tuple[int, str], Reading], bits: float) -> Plan:
         ordered = dict(sorted(readings.items(), key=lambda item: (item[0][0] == HEAD, item[0])))
-        solution = solution_of(ordered, self._settings.bits_read)
+        solution = solution_of(ordered, bits)
+        plan = self._plan("graded", 1 - bits / DENSE_BITS, solution.facts, scope="decode")
+        return replace(plan, rules=solution.rules, achieved=solution.achieved)
+
+    def _plan(self, method: str, sparsity: float, facts: dict[str, Any], *, scope: str) -> Plan:
         return Plan(
-            method="graded",
-            sparsity=1 - self._settings.bits_read / DENSE_BITS,
+            method=method,
+            sparsity=sparsity,
             model=self.identity,
-            rules=solution.rules,
-            settings={"bits_stored": self._settings.bits_stored, "rounding": "feedback", **solution.facts},
+            rules={},
+            settings={"bits_stored": self._settings.bits_stored, "rounding": "feedback", **facts},
             text=self._windows.describe(),
-            achieved=solution.achieved,
-            scope="decode",
+            scope=scope,
             version=importlib.metadata.version("actsparse"),
         )
 
-    def finish(self, source: Path | None, tokenizer: Any, plan: Plan, target: Path) -> None:
-        """Complete the folder and give it its name."""
+    def complete(self, source: Path | None, tokenizer: Any, plan: Plan) -> None:
+        """Put what a model directory has besides weights into the folder."""
         if source is None:
             self._model.config.save_pretrained(self._folder)
             tokenizer.save_pretrained(self._folder)
@@ -231,20 +302,28 @@ class _Run:
             for file in source.iterdir():
                 if file.is_file() and file.suffix in _COPIED and "safetensors" not in file.name:
                     shutil.copyfile(file, self._folder / file.name)
-        files, size = {}, 0
+        files, digests, size = {}, {}, 0
         for index in (HEAD, *range(len(self._layers))):
             file = self._shard(index)
             with safe_open(file, framework="pt") as tensors:
                 files[file.name] = list(tensors.keys())
+                scales = [name for name in files[file.name] if name.endswith((".scale", ".gain"))]
+                digests[file.name] = digest_of({name: tensors.get_tensor(name) for name in scales})
             size += file.stat().st_size
-            self._state(index).unlink()
         saving.write_index(self._folder, files, size)
         about = {
             "bits_stored": self._settings.bits_stored,
             "shards": len(self._layers) + 1,
             "dtype": str(self._model.dtype).removeprefix("torch."),
+            "digests": digests,
         }
         saving.complete(self._folder, plan, about)
+
+    def publish(self, plan: Plan, target: Path) -> None:
+        """Remove what only an unfinished run needs, and give the folder its name."""
+        plan.save(self._folder / directory.PLAN)
+        for index in (HEAD, *range(len(self._layers))):
+            self._state(index).unlink()
         (self._folder / "key.json").unlink()
         os.replace(self._folder, target)
 
@@ -259,15 +338,22 @@ class _Run:
             counts = HEAD_WEIGHT if activity.layer == HEAD else 1.0
             sensitive = [counts * activity.sensitivity[name] for name in names]
             units = [unit_of(*one) for one in zip(weights, nearest, sensitive, strict=True)]
-            center = center_of(x, list(zip(units, nearest, strict=True)), bits)
+            # Who skips by magnitude alone, or not at all, multiplies x itself.
+            center = (
+                torch.zeros_like(x[0]) if bits is None else center_of(x, list(zip(units, nearest, strict=True)), bits)
+            )
             deviation = x - center
             hessian = deviation.T @ deviation / len(deviation)
             for name, weight, rounded, unit, sensitivity in zip(names, weights, nearest, units, sensitive, strict=True):
                 # How deep columns are read is known only when all layers are: the shares are taken as if this product read on
                 # its own what the whole model reads on average.
-                shares = energy_shares(deviation, unit * alone(reading_of(x, unit, rounded, center), bits))
-                shares = BLEND * shares
-                shares[-1] += 1 - BLEND
+                if bits is None:
+                    shares = torch.zeros(stored // 2 + 1, len(center))
+                    shares[-1] = 1
+                else:
+                    shares = energy_shares(deviation, unit * alone(reading_of(x, unit, rounded, center), bits))
+                    shares = BLEND * shares
+                    shares[-1] += 1 - BLEND
                 packed, stood = round_with_feedback(weight, stored, hessian, shares)
                 reading = reading_of(x, unit_of(stood, packed, sensitivity), packed, center)
                 path = self._path(activity.layer, name)
@@ -281,8 +367,12 @@ class _Run:
         state |= {f"gradient.{number}": gradient for number, gradient in enumerate(activity.gradients)}
         # The state last: it is what says that the layer is done.
         for path_, content in ((self._shard(activity.layer), tensors), (self._state(activity.layer), state)):
-            with atomic_path(path_) as temporary:
-                save_file({name: one.cpu().contiguous() for name, one in content.items()}, temporary, {"format": "pt"})
+            whole = {name: tensor.cpu().contiguous() for name, tensor in content.items()}
+            try:
+                with atomic_path(path_) as temporary:
+                    save_file(whole, temporary, {"format": "pt"})
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"cannot write {path_}: {one_line(error)}") from None
 
     def _weight(self, layer: int, name: str) -> torch.Tensor:
         weight: torch.Tensor = self._products[layer][name].weight.detach().float()
@@ -338,7 +428,7 @@ class _Run:
         settings = self._settings
         parts: Sequence[Any] = [
             _RECIPE, self.identity.fingerprint, self._windows.digest, settings.bits_stored, settings.bits_read,
-            str(self._model.dtype), importlib.metadata.version("actsparse"),
+            settings.max_ppl_increase, str(self._model.dtype), importlib.metadata.version("actsparse"),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest() + "\n"
 

@@ -83,6 +83,8 @@ def run(options: argparse.Namespace) -> None:
     method = make(options.method, **settings)
     targets = sparsities(options, method.sparsity)
     engine.check_sparsity(targets)
+    for target in targets:
+        method.check_target(target)
     engine.check_scope(method, options.scope)
     if options.text is None and method.phases:
         raise text.TextError(f"no --text given, {method.name} needs some to calibrate on")

@@ -17,10 +17,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--methods",
-        default="cats,chess,teal,wina,oracle",
-        help=f"comma-separated, of {', '.join([*METHODS, *VARIANTS])} (default: cats,chess,teal,wina,oracle)",
+        default="cats,chess,teal,wina,plain,graded",
+        help=f"comma-separated, of {', '.join([*METHODS, *VARIANTS])} (default: cats,chess,teal,wina,plain,graded)",
     )
-    parser.add_argument("--sparsity", type=sparsity_list, default=[0.3, 0.5, 0.7], help="levels (default: 0.3,0.5,0.7)")
+    parser.add_argument("--sparsity", type=sparsity_list, default=[0.3, 0.5], help="levels (default: 0.3,0.5)")
+    parser.add_argument(
+        "--weights",
+        type=_whole_numbers,
+        default=[16, 4],
+        metavar="BITS",
+        help="weights that thresholds are put on, of 16 (as they come), 8, 6, 4 (default: 16,4)",
+    )
+    parser.add_argument(
+        "--bits-read",
+        type=sparsity_list,
+        default=[2.5, 3.0, 4.0],
+        metavar="B",
+        help="levels of graded (default: 2.5,3,4)",
+    )
     parser.add_argument("--text", required=True, metavar="FILE|DATASET", help="calibration text")
     parser.add_argument(
         "--evaluation-text", metavar="FILE|DATASET", help="text to score (default: the end of --text, held back)"
@@ -56,6 +70,8 @@ def run(options: argparse.Namespace) -> None:
     grid = Grid(
         methods=[name for name in options.methods.split(",") if name],
         sparsities=options.sparsity,
+        weights=options.weights,
+        bits_read=options.bits_read,
         text=options.text,
         evaluation_text=options.evaluation_text,
         tokens=options.tokens,
@@ -88,6 +104,14 @@ def run(options: argparse.Namespace) -> None:
     page = report.write(directory, results)
     print(table.markdown(results))
     print(f"wrote {page}")
+
+
+def _whole_numbers(value: str) -> list[int]:
+    """An argument type: whole numbers between commas."""
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a list of whole numbers such as 16,4") from None
 
 
 def _say(line: str) -> None:

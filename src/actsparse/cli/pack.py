@@ -10,10 +10,13 @@ from actsparse.cli.terminal import (
     add_evaluation_arguments,
     add_thread_argument,
     evaluated,
+    fraction,
     positive,
     progress_bar,
     set_threads,
 )
+
+ALL = "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bits-stored", type=int, choices=[4, 6, 8], default=6, help="bits stored of each weight (default: 6)"
     )
     read = parser.add_mutually_exclusive_group()
-    read.add_argument("--bits-read", type=float, metavar="B", help="bits read per weight, on average, scales included")
+    read.add_argument(
+        "--bits-read",
+        type=_bits,
+        metavar="B",
+        help="bits read per weight, on average, scales included; or all: plain quantisation, read whole",
+    )
+    read.add_argument(
+        "--max-ppl-increase",
+        type=fraction,
+        metavar="F",
+        help="find the fewest bits that cost this much perplexity on the text (1%%)",
+    )
     names = ", ".join(f"{name} ({bits:g} bits read)" for name, bits in QUALITIES.items())
     read.add_argument("--quality", choices=list(QUALITIES), default="balanced", help=f"{names}; default: balanced")
     parser.add_argument(
@@ -45,20 +59,34 @@ def run(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from actsparse.calibration.pack import QUALITIES, Settings, pack
-    from actsparse.measure import card
+    from actsparse.measure import card, evaluate
 
     bits = QUALITIES[options.quality] if options.bits_read is None else options.bits_read
-    settings = Settings(options.bits_stored, bits, options.text, options.tokens)
+    settings = Settings(
+        options.bits_stored, None if bits == ALL else bits, options.max_ppl_increase, options.text, options.tokens
+    )
     settings.check()
     set_threads(options)
     with progress_bar("packing") as progress:
-        plan = pack(options.model, options.output, settings, device=options.device, progress=progress)
+        plan = pack(
+            options.model,
+            options.output,
+            settings,
+            device=options.device,
+            scorer=evaluate.scorer,
+            progress=progress,
+        )
     card.write(Path(options.output), plan, options.model, _measured(options))
     size = sum(file.stat().st_size for file in Path(options.output).iterdir())
     print(
         f"wrote {options.output}: {size / 1e6:,.1f} MB, {options.bits_stored} bits stored, "
         f"{plan.settings['bits_read']:.2f} bits read per weight on {plan.text['tokens']} tokens"
     )
+    if options.max_ppl_increase is not None:
+        print(
+            f"perplexity {plan.settings['measured_ppl_increase']:+.2%} on that text, asked for at most "
+            f"{options.max_ppl_increase:.2%}"
+        )
 
 
 def _measured(options: argparse.Namespace) -> Any:
@@ -74,3 +102,11 @@ def _measured(options: argparse.Namespace) -> Any:
     gguf = options.model.endswith(".gguf")
     dense = opening.open_gguf(options.model)[0] if gguf else opening.open_model(options.model)
     return evaluated(options, model, tokenizer, state.plan, dense)
+
+
+def _bits(value: str) -> float | str:
+    """An argument type: a number of bits, or all."""
+    try:
+        return value if value == ALL else float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is neither a number of bits nor {ALL}") from None

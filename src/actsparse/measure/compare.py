@@ -21,8 +21,9 @@ import torch
 from actsparse.calibration.allocation import allocate
 from actsparse.calibration.collect import Calibration, load_calibration_windows
 from actsparse.measure import evaluate
-from actsparse.measure.grid import Grid, cell_name, variant_of
+from actsparse.measure.grid import GPTQ, GRADED, PLAIN, Grid, cell_name, variant_of, weights_of
 from actsparse.measure.results import Results, check_folder, read, write
+from actsparse.measure.stored import StoredModels
 from actsparse.methods import Method, make
 from actsparse.methods.base import Calibrated, Targets
 from actsparse.models import text
@@ -30,7 +31,11 @@ from actsparse.models.text import TextError, Windows
 from actsparse.plan import Plan, PlanError
 
 # Raise it when a cell's content changes for the same inputs.
-_PROTOCOL = 2
+_PROTOCOL = 3
+
+
+# Variants that are what they read of weights of their own: their plans lie with these.
+_OWN_WEIGHTS = (PLAIN, GPTQ, GRADED)
 
 
 class Progress(Protocol):
@@ -50,10 +55,12 @@ def compare(
 ) -> Results:
     """Run the cells of ``grid`` that ``directory`` does not hold yet.
 
-    A cell's document has ``cell``, ``method``, ``sparsity``, ``ppl`` and ``ppl_stderr``, ``increase`` over dense with its
-    paired ``increase_stderr``, ``divergence`` (KL(dense || sparse), nats a token) and ``agreement`` (of the most likely token)
-    with theirs, ``weights_read`` (bytes read per token, as a fraction of the dense model's),
-    ``weights_read_bytes``, ``ffn_weights_read``, ``sparsity_by_site`` (what was skipped while scoring), and ``tasks``.
+    A cell's document has ``cell``, ``method``, ``sparsity``, ``weights`` (what it was scored on: ``dense``, or the name of a
+    folder under ``weights``), ``bits_read`` and ``bits_stored`` (per weight of the layers' matrices), ``ppl`` and
+    ``ppl_stderr``, ``increase`` over dense with its paired ``increase_stderr``, ``divergence`` (KL(dense || sparse), nats a
+    token) and ``agreement`` (of the most likely token) with theirs, ``weights_read`` (bytes read per token, as a fraction of
+    the dense model's), ``weights_read_bytes``, ``ffn_weights_read``, ``sparsity_by_site`` (what was skipped while scoring),
+    and ``tasks``.
 
     Args:
         model: the dense model.
@@ -105,7 +112,7 @@ def measure_speed(model: Any, directory: Path, results: Results, settings: Any, 
 
     names, plans = [], []
     for cell in results.cells:
-        if cell["cell"] != "dense" and not cell["evaluation_only"]:
+        if cell["cell"] != "dense" and cell["weights"] == "dense" and not cell["evaluation_only"]:
             plan = Plan.load(directory / "plans" / f"{cell['cell']}.safetensors")
             names.append(cell["cell"])
             plans.append(plan)
@@ -159,6 +166,8 @@ class _Run:
         self._open = [cell for cell in self._cells if not self._is_done(cell_name(*cell))]
         self._unsolved = [cell for cell in self._open if not self._is_solved(cell_name(*cell))]
         self._total = self._done = 0
+        plan = self._dense.solve(make("dense"), [], Targets(0.0))
+        self._stored = StoredModels(model, tokenizer, self.calibration, plan, directory / "weights")
 
     def solve_plans(self) -> None:
         """Calibrate what the open cells need, and keep their plans."""
@@ -187,21 +196,16 @@ class _Run:
 
     def evaluate_cells(self) -> list[dict[str, Any]]:
         """The documents of all cells, computing those that are missing."""
-        documents = []
         dense: dict[str, torch.Tensor] = {}
-        for cell in self._cells:
-            name = cell_name(*cell)
-            path = self._directory / "cells" / f"{name}.json"
-            if cell in self._open:
-                scope = self._grid.scope_of(cell[0])
-                if scope not in dense:
-                    dense[scope] = self._dense_losses(scope)
-                document = self._evaluate(*cell, dense[scope])
-                write(path, document)
-                self._done += self.evaluation.count
-                self._tick(0)
-            documents.append(read(path) or {})
-        return documents
+        # Cells on the same weights one after the other: only one model is open beside the dense one.
+        for cell in sorted(self._open, key=lambda cell: weights_of(*cell)):
+            scope = self._grid.scope_of(cell[0])
+            if scope not in dense:
+                dense[scope] = self._dense_losses(scope)
+            write(self._directory / "cells" / f"{cell_name(*cell)}.json", self._evaluate(*cell, dense[scope]))
+            self._done += self.evaluation.count
+            self._tick(0)
+        return [read(self._directory / "cells" / f"{cell_name(*cell)}.json") or {} for cell in self._cells]
 
     def _solve(
         self, run: Calibration, name: str, method: Method, stats: list[Calibrated], allocation: str, windows: Windows
@@ -226,18 +230,32 @@ class _Run:
             write(self._directory / "plans" / "keys.json", self._solved)
 
     def _evaluate(self, variant: str, sparsity: float, dense: torch.Tensor) -> dict[str, Any]:
-        name = cell_name(variant, sparsity)
-        plan = Plan.load(self._plan_path(name))
+        name, weights = cell_name(variant, sparsity), weights_of(variant, sparsity)
+        stored = self._stored.open(weights)
+        own = variant in _OWN_WEIGHTS
+        plan = stored.plan.with_scope(self._grid.scope) if own and stored.plan else Plan.load(self._plan_path(name))
         result = evaluate.compare_perplexity(
-            self._model, plan, self.evaluation, progress=self._advance(self.evaluation.count), dense=dense
+            stored.model,
+            plan,
+            self.evaluation,
+            progress=self._advance(self.evaluation.count),
+            dense=dense,
+            reference=self._model,
         )
+        # A rounded copy is stored dense: what it stands for is known from its rounding.
+        read = result.weights_read
+        share = 1.0 if stored.bits is None else stored.bits / read.bits_read
         assert result.divergence is not None
         assert result.agreement is not None
         document = {
             "cell": name,
             "key": self._cell_keys[name],
             "method": variant,
-            "sparsity": sparsity,
+            "sparsity": plan.sparsity if own else sparsity,
+            "level": f"{sparsity:g} bits" if own else f"{sparsity:g}",
+            "weights": weights,
+            "bits_read": share * read.bits_read,
+            "bits_stored": share * read.bits_stored,
             "evaluation_only": plan.evaluation_only,
             "scope": result.scope,
             "ppl": result.sparse.ppl,
@@ -250,9 +268,9 @@ class _Run:
             "divergence_stderr": result.divergence.stderr,
             "agreement": result.agreement.value,
             "agreement_stderr": result.agreement.stderr,
-            "weights_read": result.weights_read.fraction,
-            "weights_read_bytes": result.weights_read.bytes,
-            "ffn_weights_read": result.weights_read.ffn_fraction,
+            "weights_read": share * read.fraction,
+            "weights_read_bytes": share * read.bytes,
+            "ffn_weights_read": share * read.ffn_fraction,
             "sparsity_by_site": result.sparsity,
             "sparsity_calibrated": dict(plan.achieved),
             "settings": dict(plan.settings),
@@ -260,7 +278,7 @@ class _Run:
         }
         # Under a scope of its own, such as `decode`, a method's tasks would score as dense.
         if self._tasks and plan.scope == self._grid.scope:
-            scores = self._tasks.run(self._model, self._tokenizer, None if variant == "dense" else plan)
+            scores = self._tasks.run(stored.model, self._tokenizer, plan if plan.rules or plan.prompt else None)
             document["tasks"] = [score.document() for score in scores]
         return document
 
@@ -303,7 +321,7 @@ class _Run:
             self.identity.fingerprint,
             str(self._model.dtype),
             self.calibration.digest if variant != "dense" else "",
-            [chosen.method, dict(chosen.settings), chosen.allocation, sparsity],
+            [chosen.method, dict(chosen.settings), chosen.allocation, sparsity, weights_of(variant, sparsity)],
             self._grid.scope_of(variant),
         ]
         return _digest(parts)
@@ -321,7 +339,7 @@ class _Run:
         return document is not None and document.get("key") == self._cell_keys[cell] and self._is_solved(cell)
 
     def _is_solved(self, cell: str) -> bool:
-        return self._solved.get(cell) == self._plan_keys[cell]
+        return cell.rpartition("-")[0] in _OWN_WEIGHTS or self._solved.get(cell) == self._plan_keys[cell]
 
     def _advance(self, count: int) -> Progress | None:
         """Progress of a part of ``count`` tokens, within the whole."""

@@ -211,13 +211,16 @@ def check_skipped(plan: Plan, meter: Meter) -> None:
         )
 
 
-def scorer(model: Any, windows: text.Windows) -> Callable[[Plan], tuple[float, float]]:
-    """What a search for a budget measures plans with: fraction of the weights read, relative increase of perplexity."""
+def scorer(model: Any, windows: text.Windows, reference: Any | None = None) -> Callable[[Plan], tuple[float, float]]:
+    """What a search for a budget measures plans with: fraction of the weights read, relative increase of perplexity.
+
+    ``reference`` is what stands in for the dense model, by default the model itself.
+    """
     dense: dict[str, torch.Tensor] = {}
 
     def score(plan: Plan) -> tuple[float, float]:
         if plan.scope not in dense:
-            dense[plan.scope] = window_losses(model, windows, plan.scope)
+            dense[plan.scope] = window_losses(model if reference is None else reference, windows, plan.scope)
         result = compare_perplexity(model, plan, windows, dense=dense[plan.scope], divergence=False)
         return result.weights_read.fraction, result.sparse.ppl / result.dense.ppl - 1
 
@@ -253,7 +256,8 @@ def paired_losses(
         if progress:
             progress(done, 2 * windows.count)
 
-    with torch.inference_mode():
+    # Not inference mode: weights that are re-laid in it could never again take part in a backward pass.
+    with torch.no_grad():
         at = 0
         while at < len(batches):
             held: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""A comparison as Markdown: every cell, then the methods at equal weights read."""
+"""A comparison as Markdown: every cell, then the methods at equal bits read and at equal quality."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from actsparse.measure.grid import GPTQ
 from actsparse.measure.results import Results
+
+_BITS = (12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2)
+_INCREASES = (0.01, 0.02, 0.05, 0.1)
+# What stands for no increase, or a decrease, where its logarithm is taken.
+_NOTHING = 1e-4
 
 
 def markdown(results: Results) -> str:
-    """The comparison as Markdown: every cell, then perplexity at equal weights read."""
-    about = results.about
+    """The comparison as Markdown: every cell, then perplexity at equal bits read, then bits at equal perplexity."""
+    about, best = results.about, front(results)
     tasks = [score["task"] for score in results.cells[0]["tasks"] if score["metric"] == "acc"]
     header = [
         "method",
-        "sparsity",
+        "level",
+        "bits read",
+        "MB a token",
         "weights read",
         "of the FFN",
         "perplexity",
@@ -31,13 +39,24 @@ def markdown(results: Results) -> str:
         f"{about['scored_tokens']:,} evaluation tokens, calibrated on {about['calibration']['tokens']:,} tokens, "
         f"scope `{about['scope']}`. Increases are over the dense model on the same tokens, with their standard error.",
         "",
-        *_table(header, [_row(results, cell, tasks) for cell in results.cells]),
+        *_table(header, [_row(results, cell, tasks, best=cell["cell"] in best) for cell in results.cells]),
     ]
     levels, rows = at_equal_reading(results)
     if rows:
-        lines += ["", "Increase of perplexity at equal weights read (linear between the cells above):", ""]
-        lines += _table(["method", *(f"{level:.0%} read" for level in levels)], rows)
-    notes = []
+        lines += ["", "Increase of perplexity at equal bits read (linear between the cells above):", ""]
+        lines += _table(["method", *(f"{level:g} bits" for level in levels)], rows)
+    levels, rows = at_equal_quality(results)
+    if rows:
+        lines += ["", "Bits read at equal increase of perplexity (its logarithm linear between the cells above):", ""]
+        lines += _table(["method", *(f"{level:+.0%}" for level in levels)], rows)
+    notes = [
+        "Bits read are per weight of the decoder layers' matrices, scales included; **bold**: no other row reads less "
+        "and costs less."
+    ]
+    if any(cell["method"] == GPTQ for cell in results.cells):
+        notes.append(
+            "`gptq` is scored on weights rounded in rows with error feedback; there is no kernel for them here."
+        )
     if any(cell["evaluation_only"] for cell in results.cells):
         notes.append("`oracle` is a bound, not a method: it is told for free which products are small.")
     if results.speed:
@@ -52,27 +71,78 @@ def markdown(results: Results) -> str:
     return "\n".join(lines + [line for note in notes for line in ("", note)]) + "\n"
 
 
-def at_equal_reading(results: Results) -> tuple[list[float], list[list[str]]]:
-    """Levels of weights read, and per method the relative increase there with its standard error."""
-    curves: dict[str, list[tuple[float, float, float]]] = {}
+def front(results: Results) -> set[str]:
+    """Names of the cells that no other beats in bits read and in increase of perplexity at once; bounds aside."""
+    real = [cell for cell in results.cells if not cell["evaluation_only"]]
+    return {
+        cell["cell"]
+        for cell in real
+        if not any(
+            other["bits_read"] <= cell["bits_read"]
+            and other["relative_increase"] <= cell["relative_increase"]
+            and other["cell"] != cell["cell"]
+            for other in real
+        )
+    }
+
+
+def curves(results: Results) -> dict[str, list[Mapping[str, Any]]]:
+    """Cells by method, most bits read first.
+
+    A method that skips begins where it skips nothing: at the dense model, or at every plane of the weights that it is put on.
+    """
+    cells = {cell["cell"]: cell for cell in results.cells}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for cell in results.cells:
         if cell["method"] != "dense":
-            point = (cell["weights_read"], cell["relative_increase"], cell["relative_increase_stderr"])
-            curves.setdefault(cell["method"], [(1.0, 0.0, 0.0)]).append(point)
+            found.setdefault(cell["method"], []).append(cell)
+    for own in found.values():
+        own.sort(key=lambda cell: -cell["bits_read"])
+        start = cells.get(own[0]["weights"])
+        if start is not None and start["method"] != own[0]["method"]:
+            own.insert(0, start)
+    return found
+
+
+def at_equal_reading(results: Results) -> tuple[list[float], list[list[str]]]:
+    """Bits read per weight, and per method the relative increase there with its standard error."""
+    found = curves(results)
     # Levels between the lowest that at least two methods reach and the dense model.
-    floors = sorted(min(point[0] for point in curve) for curve in curves.values())
+    floors = sorted(own[-1]["bits_read"] for own in found.values())
     if len(floors) < 2:
         return [], []
-    levels = [level / 20 for level in range(19, 0, -1) if level / 20 >= floors[1]]
-    levels = levels[:: max(1, math.ceil(len(levels) / 6))]
+    levels = [level for level in _BITS if level >= floors[1]]
     rows = []
-    for method, curve in curves.items():
+    for method, own in found.items():
+        points = [(one["bits_read"], one["relative_increase"], one["relative_increase_stderr"]) for one in own]
         row = [method]
         for level in levels:
-            found = _interpolate(sorted(curve), level)
-            row.append("-" if found is None else f"{found[0]:+.2%} ± {found[1]:.2%}")
+            at = _interpolate(sorted(points), level)
+            row.append("-" if at is None else f"{at[0]:+.2%} ± {at[1]:.2%}")
         rows.append(row)
-    return levels, rows
+    return levels, [row for row in rows if set(row[1:]) != {"-"}]
+
+
+def at_equal_quality(results: Results) -> tuple[list[float], list[list[str]]]:
+    """Relative increases of perplexity, and per method the bits read per weight that it takes to stay at each."""
+    rows = []
+    for method, own in curves(results).items():
+        row = [method]
+        for level in _INCREASES:
+            bits = _bits_at(own, level)
+            row.append("-" if bits is None else f"{bits:.2f}")
+        rows.append(row)
+    rows = [row for row in rows if set(row[1:]) != {"-"}]
+    return (list(_INCREASES), rows) if len(rows) > 1 else ([], [])
+
+
+def _bits_at(own: Sequence[Mapping[str, Any]], level: float) -> float | None:
+    for more, fewer in itertools.pairwise(own):
+        low, high = (math.log(max(cell["relative_increase"], _NOTHING)) for cell in (more, fewer))
+        if low <= math.log(level) <= high and high > low:
+            part = (math.log(level) - low) / (high - low)
+            return float(more["bits_read"] + part * (fewer["bits_read"] - more["bits_read"]))
+    return None
 
 
 def _interpolate(curve: Sequence[tuple[float, float, float]], level: float) -> tuple[float, float] | None:
@@ -83,12 +153,15 @@ def _interpolate(curve: Sequence[tuple[float, float, float]], level: float) -> t
     return None
 
 
-def _row(results: Results, cell: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+def _row(results: Results, cell: Mapping[str, Any], tasks: Sequence[str], *, best: bool) -> list[str]:
     dense = cell["method"] == "dense"
     own = "" if cell["scope"] == results.about["scope"] else f" (scope {cell['scope']})"
+    name = f"**{cell['method']}**" if best else cell["method"]
     row = [
-        cell["method"] + own,
-        "-" if dense else f"{cell['sparsity']:g}",
+        name + own,
+        "-" if dense else cell["level"],
+        f"{cell['bits_read']:.2f}",
+        f"{cell['weights_read_bytes'] / 1e6:,.2f}",
         f"{cell['weights_read']:.1%}",
         f"{cell['ffn_weights_read']:.1%}",
         f"{cell['ppl']:.4f} ± {cell['ppl_stderr']:.4f}",

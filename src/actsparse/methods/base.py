@@ -92,8 +92,10 @@ class Method(ABC):
         packing: how text becomes windows (see :mod:`actsparse.models.text`).
         window: tokens per window unless the caller says otherwise.
         sparsity: target unless the caller says otherwise.
+        highest: the sparsity at which a search for a budget ends.
         sites: the sites whose sparsity a caller may set one by one (see :class:`Targets`).
         scopes: the scopes its plans can have; the first is the usual one.
+        packable: whether its rules are thresholds alone, which packed weights take as well.
         activity: whether it needs the inputs of all products together with the loss's gradients, a layer at a time
             (``observe``), instead of statistics of taps.
         attention_alone: whether it can work where only the attention's projections are to be had.
@@ -110,8 +112,10 @@ class Method(ABC):
     packing: ClassVar[str] = "packed"
     window: ClassVar[int] = 1024
     sparsity: ClassVar[float] = 0.5
+    highest: ClassVar[float] = 0.95
     sites: ClassVar[tuple[str, ...]] = ("ffn",)
     scopes: ClassVar[tuple[str, ...]] = SCOPES
+    packable: ClassVar[bool] = False
     activity: ClassVar[bool] = False
     attention_alone: ClassVar[bool] = False
     budget: ClassVar[str] = "model"
@@ -121,6 +125,9 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """The settings in use, as the plan records them."""
         return dict(vars(self))
+
+    def check_target(self, sparsity: float) -> None:  # noqa: B027
+        """MethodError for a target, 0 <= s < 1, that the method cannot meet whatever the model."""
 
     @abstractmethod
     def statistics(self, layer: Layer, phase: int, earlier: Mapping[str, Statistic]) -> dict[str, Statistic]:
@@ -139,6 +146,10 @@ class Method(ABC):
             inputs: float32 [T, I] by projection.
             sensitivity: float32 [O] by projection: the mean squared gradient of the loss by each output.
         """
+        raise NotImplementedError
+
+    def observed(self, state: Mapping[str, torch.Tensor]) -> Statistic:
+        """A statistic of :meth:`observe` from its ``state()``."""
         raise NotImplementedError
 
     @abstractmethod

@@ -16,6 +16,7 @@ class Cats(Method):
 
     name = "cats"
     source = "arXiv:2404.08763"
+    packable = True
 
     def statistics(self, layer: Layer, phase: int, earlier: Mapping[str, Statistic]) -> dict[str, Statistic]:
         return {"gate/pooled": Histogram("gate", layer.model.neurons, pooled=True)}

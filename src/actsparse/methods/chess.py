@@ -37,6 +37,7 @@ class Chess(Method):
 
     name = "chess"
     source = "arXiv:2409.01366"
+    packable = True
     sites = ("ffn", "q", "o")
     options = {  # noqa: RUF012
         "attention": {"action": argparse.BooleanOptionalAction, "help": "also skip in q and o (default: yes)"},

@@ -10,19 +10,23 @@ Shape letters: O outputs, I inputs, L levels, T tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from actsparse import kernels
 from actsparse.kernels import planes
 from actsparse.kernels.planes import GROUP, Packed
-from actsparse.methods.rounding import gains_of, round_columns
+from actsparse.methods.rounding import CLIPS, blocks_of, gains_of, round_columns
 
 # Added to the Hessian's diagonal, as a fraction of its mean: fewer tokens than inputs make it singular.
 DAMPING = 0.01
-# Columns between two updates of all that follow.
-_BLOCK = 128
+# Inputs that share a scale where rows are rounded.
+ROW_GROUP = 64
+# Columns between two updates of all that follow, and between two of those up to there.
+_BLOCK, _COLUMNS = 128, 16
 
 
 def energy_shares(deviation: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -63,46 +67,121 @@ def round_with_feedback(
     mantissa = torch.empty(planes.groups_of(outputs), inputs, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(inputs, dtype=torch.bfloat16, device=weight.device)
     fits = torch.zeros(2, stored // 2, dtype=torch.float64, device=weight.device)
-    for at in range(0, inputs, 4 * _BLOCK):
-        block = slice(at, at + 4 * _BLOCK)
+    for block in blocks_of(outputs, inputs):
         _, mantissa[:, block], scale[block], fit = round_columns(weight[:, block], stored, level_weight[:, block])
         fits += fit
     gain = gains_of(fits)
 
     order = hessian.diagonal().argsort(descending=True)
+    half_range = (mantissa.float() * (scale.float() / 255)).T[order].contiguous()
+    ordered = shares[1:, order].contiguous()
+    # Whole groups of outputs: what is added is zero, and stays it.
+    codes = torch.empty(inputs, planes.groups_of(outputs) * GROUP, dtype=torch.uint8, device=weight.device)
+
+    def block(rest: torch.Tensor, begin: int, end: int, upper: torch.Tensor) -> torch.Tensor:
+        native = rest.is_cuda and not kernels.cuda.device_obstacle(rest.device.index)
+        rounded = kernels.cuda.round_block if native else _round_block
+        return rounded(rest, begin, end, stored, half_range, upper, ordered, gain, codes)
+
+    padded = F.pad(weight.float(), (0, 0, 0, -outputs % GROUP))
+    stood = _feed_back(padded, hessian, order, damping, block)[:, :outputs]
+    back = order.argsort()
+    return planes.pack(codes[back, :outputs].T, mantissa, scale, gain, stored), stood[back].T
+
+
+def round_rows_with_feedback(
+    weight: torch.Tensor, bits: int, hessian: torch.Tensor, group: int = ROW_GROUP, damping: float = DAMPING
+) -> tuple[torch.Tensor, float]:
+    """W [O, I] as GPTQ rounds it, float32 [O, I], and the bits it takes per weight: what others are compared with.
+
+    Each ``group`` inputs of a row share a scale (16 bits) and a zero point (``bits`` bits), searched before any column is
+    rounded; codes count from 0 to 2^bits - 1 (asymmetric).
+
+    Raises ValueError when the Hessian stays singular.
+    """
+    outputs, inputs = weight.shape
+    grouped = F.pad(weight.float(), (0, -inputs % group)).unflatten(1, (-1, group))
+    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    most = 2**bits - 1
+    best = torch.full_like(low, torch.inf)
+    scale, zero = torch.ones_like(low), torch.zeros_like(low)
+    for clip in CLIPS:
+        step = ((high - low) * (clip / most)).clamp(min=1e-8).half().float().clamp(min=6e-8)
+        origin = (-low * clip / step).round()
+        code = (grouped / step[..., None] + origin[..., None]).round().clamp(0, most)
+        error = (grouped - (code - origin[..., None]) * step[..., None]).square().sum(2)
+        scale, zero = torch.where(error < best, step, scale), torch.where(error < best, origin, zero)
+        best = torch.minimum(error, best)
+    order = hessian.diagonal().argsort(descending=True)
+    place = (order // group).tolist()
+    rounded = torch.empty(inputs, outputs, device=weight.device)
+
+    def read(i: int, column: torch.Tensor) -> torch.Tensor:
+        step, origin = scale[:, place[i]], zero[:, place[i]]
+        rounded[i] = ((column / step + origin).round_().clamp_(0, most) - origin) * step
+        return rounded[i]
+
+    _feed_back(weight, hessian, order, damping, partial(_column_by_column, read=read))
+    return rounded[order.argsort()].T.contiguous(), bits + (16 + bits) / group
+
+
+def _feed_back(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    order: torch.Tensor,
+    damping: float,
+    block: Callable[[torch.Tensor, int, int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Go through the columns in ``order``, some at a time: ``block`` rounds them and makes their errors good among themselves.
+
+    It is given all columns [I, O], the first and the one after the last of its own and the factor [I, I], and returns the
+    errors of its own.  Returns what each column stood at when its turn came, [I, O] in order.
+    """
+    inputs = len(order)
     upper = _inverse_factor(hessian[order][:, order], damping)
     rest = weight.float()[:, order].T.contiguous()  # [I, O]: a column lies together
-    half_range = (mantissa.float() * (scale.float() / 255)).T[order]
-    ordered_shares = shares[:, order]
-    codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight.device)
     for begin in range(0, inputs, _BLOCK):
         end = min(begin + _BLOCK, inputs)
-        block_of = (rest, begin, end, stored, half_range, upper, ordered_shares[1:], gain, codes)
-        native = rest.is_cuda and not kernels.cuda.device_obstacle(rest.device.index)
-        errors = kernels.cuda.round_block(*block_of) if native else _round_block(*block_of)
+        errors = block(rest, begin, end, upper)
         if end < inputs:
             rest[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(inputs, device=order.device)
-    return planes.pack(codes[back].T, mantissa, scale, gain, stored), rest[back].T
+    return rest
+
+
+def _column_by_column(
+    rest: torch.Tensor, begin: int, end: int, upper: torch.Tensor, *, read: Callable[[int, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """A block of :func:`_feed_back`; ``read`` is given a place and a column [O], and tells what is read of it."""
+    errors = torch.empty(end - begin, rest.shape[1], device=rest.device)
+    with _one_thread():
+        for first in range(begin, end, _COLUMNS):
+            last = min(first + _COLUMNS, end)
+            for i in range(first, last):
+                torch.div(rest[i] - read(i, rest[i]), upper[i, i], out=errors[i - begin])
+                if i + 1 < last:
+                    rest[i + 1 : last].addr_(upper[i, i + 1 : last], errors[i - begin], alpha=-1)
+            if last < end:
+                rest[last:end].addmm_(upper[first:last, last:end].T, errors[first - begin : last - begin], alpha=-1)
+    return errors
 
 
 def _round_block(
     rest: torch.Tensor, begin: int, end: int, stored: int, half_range: torch.Tensor, upper: torch.Tensor,
     shares: torch.Tensor, gain: torch.Tensor, codes: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """As :func:`actsparse.kernels.cuda.round_block`, on any device."""
-    outputs = rest.shape[1]
-    errors = torch.empty(end - begin, outputs, device=rest.device)
-    with _one_thread():
-        for i in range(begin, end):
-            column = rest[i]
-            steps = half_range[i].repeat_interleave(GROUP)[:outputs]
-            codes[i], read = _read_value(column, steps, stored, gain, shares[:, i])
-            torch.div(column - read, upper[i, i], out=errors[i - begin])
-            if i + 1 < end:
-                rest[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - begin], alpha=-1)
-    return errors
+    """As :func:`actsparse.kernels.cuda.round_block`, on any device, for whole groups of outputs."""
+    half = 2 ** (stored - 1)
+    span = half_range[begin:end].unsqueeze(2)
+    steps = half / span.clamp(min=1e-30)
+    values = _values_read(stored, gain, shares[:, begin:end])
+
+    def read(i: int, column: torch.Tensor) -> torch.Tensor:
+        at = i - begin
+        code = (column.view(-1, GROUP) * steps[at]).add_(half).floor_().clamp_(0, 2 * half - 1).long()
+        codes[i] = code.view(-1)
+        return (values[at].take(code) * span[at]).view(-1)
+
+    return _column_by_column(rest, begin, end, upper, read=read)
 
 
 @contextlib.contextmanager
@@ -116,18 +195,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _read_value(
-    column: torch.Tensor, steps: torch.Tensor, stored: int, gain: torch.Tensor, shares: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A column's code, and the mean of the values it is read as, by share."""
-    half = 2 ** (stored - 1)
-    code = (column * (half / steps.clamp(min=1e-30)) + half).floor_().clamp_(0, 2 * half - 1)
-    read = torch.zeros_like(column)
+def _values_read(stored: int, gain: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """What each code is read as on average, by the columns' shares [L, I], in units of the half range: [I, 2^S]."""
+    code = torch.arange(2**stored, dtype=torch.float32, device=gain.device)
+    read = torch.zeros(shares.shape[1], 2**stored, device=gain.device)
     for index, share in enumerate(shares):
         level = 2 * index + 2
         value = (code * 2.0 ** (level - stored)).floor_().add_(0.5 - 2 ** (level - 1))
-        read += value * (share * gain[index] * 2.0 ** (1 - level))
-    return code.to(torch.uint8), read * steps
+        read += share.unsqueeze(1) * (value * (gain[index] * 2.0 ** (1 - level)))
+    return read
 
 
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:

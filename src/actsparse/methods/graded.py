@@ -32,8 +32,11 @@ from actsparse.methods.statistics import Statistic
 # Bits of the weights that others read; the sparsity of a plan is the share of them that it does not.
 DENSE_BITS = 16
 DEFAULT_BITS = 3.0
+# Below this most columns are skipped, and no model is left.
+LEAST_BITS = 1.0
 _CENTER_ROUNDS = 3
 _READING_TOKENS = 4096
+_CENTER_TOKENS = 2048
 # An error in the output head costs more than the gradient says: measured, a head that obeys the same theta as the layers
 # takes 0.8 points of perplexity at 3 bits read, for a twentieth of the bytes.
 HEAD_WEIGHT = 4.0
@@ -103,12 +106,13 @@ def unit_of(weight: torch.Tensor, packed: Packed, sensitivity: torch.Tensor) -> 
 def reading_of(x: torch.Tensor, unit: torch.Tensor, packed: Packed, center: torch.Tensor) -> Reading:
     """The reading of one product on calibration inputs x [T, I], of thresholds ``unit`` on deviations from ``center`` [I]."""
     x = _sample(x)
-    deviation = (x - center).abs()
     bins = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 2
     counts = torch.zeros(len(unit), bins, dtype=torch.int64, device=x.device)
+    # A value of 0 lies below everything, a threshold of infinity (or both) is reached by nothing.
+    size = (x - center).abs_().log2_().mul_(_PER_OCTAVE)
     for level, threshold in enumerate(unit):
-        place = ((torch.log2(deviation / threshold) - _LOWEST) * _PER_OCTAVE + 1).nan_to_num(nan=0.0)
-        counts[level] = torch.bincount(place.clamp(0, bins - 1).long().flatten(), minlength=bins)
+        place = size - (torch.log2(threshold) + _LOWEST).mul_(_PER_OCTAVE).sub_(1)
+        counts[level] = torch.bincount(place.clamp_(0, bins - 1).int().flatten(), minlength=bins)
     size = torch.tensor([len(x), packed.out, packed.inputs, *packed.level_bytes], dtype=torch.int64)
     # safetensors takes no tensor twice, and products that share an input share its center.
     return Reading(center.cpu().clone(), unit.cpu(), counts.cpu(), size)
@@ -127,7 +131,7 @@ def center_of(
         products: thresholds of :func:`unit_of`, and codes, of each.
         bits: about what will be read.
     """
-    x = _sample(x)
+    x = _sample(x, _CENTER_TOKENS)
     center = torch.zeros_like(x[0])
     for _ in range(_CENTER_ROUNDS):
         # A little mass at zero: a channel that is hardly ever skipped has no mean worth trusting.
@@ -141,9 +145,9 @@ def center_of(
     return center
 
 
-def _sample(x: torch.Tensor) -> torch.Tensor:
+def _sample(x: torch.Tensor, tokens: int = _READING_TOKENS) -> torch.Tensor:
     """Every k-th token: shares of channels times thousands of tokens are known well enough."""
-    return x[:: max(1, len(x) // _READING_TOKENS)]
+    return x[:: max(1, len(x) // tokens)]
 
 
 def alone(reading: Reading, bits: float) -> float:
@@ -201,6 +205,14 @@ def choose_theta(readings: Mapping[tuple[int, str], Reading], bits: float) -> fl
     return 2.0**high
 
 
+def check_bits(bits: float, stored: int) -> None:
+    """MethodError unless ``bits`` can be read of ``stored``: :data:`LEAST_BITS` or more, at most all, scales included."""
+    if not LEAST_BITS <= bits <= stored + 1:
+        raise MethodError(
+            f"bits read is {bits:g}, expected {LEAST_BITS:g} or more and at most the {stored} stored (and scales)"
+        )
+
+
 class Graded(Method):
     """Columns of nested low-bit weights, each read as deep as its input deserves.
 
@@ -220,10 +232,15 @@ class Graded(Method):
         "bits_stored": {"type": int, "choices": STORED, "help": "bits stored of each weight: 4, 6 or 8 (default: 6)"},
     }
 
+    highest = 1 - LEAST_BITS / DENSE_BITS
+
     def __init__(self, bits_stored: int = 6) -> None:
         if bits_stored not in STORED:
             raise MethodError(f"bits stored is {bits_stored}, expected 4, 6 or 8")
         self.bits_stored = bits_stored
+
+    def check_target(self, sparsity: float) -> None:
+        check_bits(DENSE_BITS * (1 - sparsity), self.bits_stored)
 
     def statistics(self, layer: Layer, phase: int, earlier: Mapping[str, Statistic]) -> dict[str, Statistic]:
         return {}
@@ -243,6 +260,9 @@ class Graded(Method):
             for name, (unit, packed) in zip(names, products, strict=True):
                 found[name] = reading_of(x, unit, packed, center)
         return found
+
+    def observed(self, state: Mapping[str, torch.Tensor]) -> Statistic:
+        return Reading(**state)
 
     def solve(self, layers: Sequence[Calibrated], targets: Targets) -> Solution:
         readings = {(c.layer.index, name): s for c in layers for name, s in c.statistics.items()}

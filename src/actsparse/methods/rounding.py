@@ -23,8 +23,8 @@ PRIOR_GAINS = {2: 0.92, 4: 0.99, 6: 1.0, 8: 1.0}
 # What an error at each level counts unless calibration says otherwise. Inputs that are read further are larger by as much as
 # the error there is smaller (that is the rule), so that all levels' shares of the error of the output are alike.
 LEVEL_WEIGHTS = {2: 1.0, 4: 16.0, 6: 256.0, 8: 4096.0}
-# Working memory: values of a block of columns.
-_BLOCK = 1 << 22
+# Values of a block of columns: some MB with what is made of them, so that they stay in cache from one step to the next.
+_BLOCK = 1 << 18
 
 
 def round_nearest(weight: torch.Tensor, stored: int, level_weight: torch.Tensor | None = None) -> Packed:
@@ -44,13 +44,17 @@ def round_nearest(weight: torch.Tensor, stored: int, level_weight: torch.Tensor 
     mantissa = torch.empty(planes.groups_of(outputs), inputs, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(inputs, dtype=torch.bfloat16, device=weight.device)
     fits = torch.zeros(2, stored // 2, dtype=torch.float64, device=weight.device)
-    size = max(1, _BLOCK // outputs)
-    for at in range(0, inputs, size):
-        block = slice(at, min(at + size, inputs))
+    for block in blocks_of(outputs, inputs):
         weights = None if level_weight is None else level_weight[:, block]
         codes[:, block], mantissa[:, block], scale[block], fit = round_columns(weight[:, block], stored, weights)
         fits += fit
     return planes.pack(codes, mantissa, scale, gains_of(fits), stored)
+
+
+def blocks_of(outputs: int, inputs: int) -> list[slice]:
+    """Columns to work on at a time."""
+    size = max(8, _BLOCK // outputs)
+    return [slice(at, min(at + size, inputs)) for at in range(0, inputs, size)]
 
 
 def gains_of(fits: torch.Tensor) -> torch.Tensor:
@@ -79,22 +83,32 @@ def round_columns(
     best, half_range = torch.full_like(peak, torch.inf), peak
     for clip in CLIPS:
         tried = peak * clip
-        code = _encode(grouped, tried, stored)
+        unit = grouped * (1 / tried.clamp(min=1e-30)).unsqueeze(2)
+        code = _encode(unit, stored)
         error = torch.zeros_like(peak)
         for index, level in enumerate(levels):
-            part = (grouped - _decode(code, level, stored) * (tried * PRIOR_GAINS[level]).unsqueeze(2)).square().sum(2)
+            slope, offset = _line(level)
+            off = torch.add(unit, _cut(code, level, stored), alpha=-PRIOR_GAINS[level] * slope).sub_(
+                PRIOR_GAINS[level] * offset
+            )
+            part = torch.linalg.vector_norm(off, dim=2).square_()
             error += part * (LEVEL_WEIGHTS[level] if level_weight is None else level_weight[index].unsqueeze(1))
+        error *= tried.square()
         half_range = torch.where(error < best, tried, half_range)
         best = torch.minimum(error, best)
     scale = _up_to_bfloat16(half_range.amax(1))
     mantissa = (half_range * (255 / scale.float().clamp(min=1e-30)).unsqueeze(1)).round_().clamp_(1, 255)
     exact = mantissa * (scale.float() / 255).unsqueeze(1)
-    code = _encode(grouped, exact, stored)
+    code = _encode(grouped * (1 / exact.clamp(min=1e-30)).unsqueeze(2), stored)
     fits = torch.empty(2, stored // 2, dtype=torch.float64, device=weight.device)
     for index, level in enumerate(levels):
-        value = _decode(code, level, stored) * exact.unsqueeze(2)
-        value = value.flatten(1)[:, :outputs]  # what fills the last group up is no weight
-        fits[0, index], fits[1, index] = (value * weight.T).double().sum(), value.double().square().sum()
+        slope, offset = _line(level)
+        value = _cut(code, level, stored).mul(slope).add_(offset).mul_(exact.unsqueeze(2))
+        # What fills the last group up is no weight: it counts for nothing beside weights that are 0 there, but has a square.
+        dot = (value * grouped).sum(2)
+        value = value.flatten(1)[:, :outputs]
+        fits[0, index] = dot.double().sum()
+        fits[1, index] = torch.linalg.vector_norm(value, dim=1).double().square().sum()
     codes = code.to(torch.uint8).flatten(1)[:, :outputs].T
     return codes, mantissa.to(torch.uint8).T, scale, fits
 
@@ -111,21 +125,29 @@ def residuals(weight: torch.Tensor, packed: Packed, sensitivity: torch.Tensor | 
 
     With ``sensitivity`` [O] each output's error counts that much.
     """
-    target = weight.float()
-    rows = [target]
-    rows += [
-        target - kernels.unpack_columns(packed, 0, packed.inputs, torch.float32, level).T for level in packed.levels
-    ]
-    factor = None if sensitivity is None else sensitivity.unsqueeze(1)
-    return torch.stack([(row.square() if factor is None else row.square() * factor).sum(0) for row in rows])
+    outputs, inputs = weight.shape
+    left = torch.empty(len(packed.levels) + 1, inputs, device=weight.device)
+    counts = torch.ones(outputs, device=weight.device) if sensitivity is None else sensitivity.float()
+    for block in blocks_of(outputs, inputs):
+        columns = weight[:, block].T.float().contiguous()
+        left[0, block] = columns.square() @ counts
+        for index, level in enumerate(packed.levels, 1):
+            read = kernels.unpack_columns(packed, block.start, block.stop, torch.float32, level)
+            left[index, block] = (columns - read).square_() @ counts
+    return left
 
 
-def _encode(grouped: torch.Tensor, half_range: torch.Tensor, stored: int) -> torch.Tensor:
+def _encode(unit: torch.Tensor, stored: int) -> torch.Tensor:
+    """Codes of weights in units of their half range."""
     half = 2 ** (stored - 1)
-    step = (half / half_range.clamp(min=1e-30)).unsqueeze(2)
-    return (grouped * step).add_(half).floor_().clamp_(0, 2 * half - 1)
+    return (unit * half).add_(half).floor_().clamp_(0, 2 * half - 1)
 
 
-def _decode(code: torch.Tensor, level: int, stored: int) -> torch.Tensor:
-    """Values at ``level``, in units of the half range."""
-    return (code * 2.0 ** (level - stored)).floor_().add_(0.5 - 2 ** (level - 1)).mul_(2.0 ** (1 - level))
+def _cut(code: torch.Tensor, level: int, stored: int) -> torch.Tensor:
+    """The first ``level`` bits of codes."""
+    return code if level == stored else (code * 2.0 ** (level - stored)).floor_()
+
+
+def _line(level: int) -> tuple[float, float]:
+    """Slope and offset that make values, in units of the half range, of the first ``level`` bits of a code."""
+    return 2.0 ** (1 - level), (0.5 - 2 ** (level - 1)) * 2.0 ** (1 - level)

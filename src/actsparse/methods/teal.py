@@ -28,6 +28,7 @@ class Teal(Method):
 
     name = "teal"
     source = "arXiv:2408.14690"
+    packable = True
     sites = tuple(INPUTS)
     budget = "layer"
     attention_alone = True

@@ -25,6 +25,7 @@ class Wina(Method):
 
     name = "wina"
     source = "arXiv:2505.19427"
+    packable = True
     sites = tuple(INPUTS)
     attention_alone = True
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,18 @@ def device_of(name: str) -> torch.device:
     if device.type == "meta":
         raise ModelError("device is 'meta', expected one that holds values")
     return device
+
+
+def check_unquantised(name: str) -> None:
+    """ModelError for a directory whose config.json says that another tool has quantised its weights."""
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        about = config.get("quantization_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # not ours to judge: opening it tells what is wrong
+    if about and directory.of_config(config) is None:
+        tool = about.get("quant_method") if isinstance(about, dict) else None
+        raise ModelError(f"model {name} is quantised already ({tool or 'by an unnamed tool'}), expected dense weights")
 
 
 def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
@@ -97,13 +111,17 @@ def local_directory(name: str) -> str:
 
 
 def open_gguf(file: str) -> tuple[Any, Any]:
-    """The model and tokenizer of a GGUF file, its weights dequantised by transformers; ModelError when that fails."""
+    """The model and tokenizer of a GGUF file, dequantised to bfloat16 by transformers; ModelError when that fails."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(file)
+    if not path.is_file():
+        raise ModelError(f"{file} does not exist or is not a file, expected a GGUF file")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{file} needs the package gguf: pip install 'actsparse[gguf]'")
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers and gguf raise many unrelated kinds
         raise ModelError(f"{file} cannot be loaded: {_first_line(error)}") from None

@@ -17,7 +17,8 @@ Shape letters: I inputs, O outputs, G groups of 64 outputs, S bits stored, L = S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from actsparse.plan import Plan
 PARTS = ("weight", "scale", "gain", "center", "start")
 # What version 1 called them.
 _CODES = ".codes"
+_NONE: Mapping[str, str] = {}
 
 
 class PackedLinear(nn.Module):
@@ -72,6 +74,14 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.stored} bits stored"
+
+
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    """What tells a file's codes from those of any other model or layer: a SHA-256 over its matrices' scales and gains."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in tensors if name.endswith((".scale", ".gain"))):
+        digest.update(name.encode() + tensors[name].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def tensors_of(packed: kernels.Nested) -> dict[str, torch.Tensor]:
@@ -119,7 +129,8 @@ def open_packed(name: str, device: torch.device | None = None) -> tuple[Any, Pla
         raise ModelError(f"{name}/config.json names {str(count)[:24]} shards, expected a number")
     try:
         place = torch.device("cpu") if device is None else device
-        rest = _fill(model, _tensors([home / SHARDS.format(number) for number in range(count)], place))
+        files = [home / SHARDS.format(number) for number in range(count)]
+        rest = _fill(model, _tensors(files, about.get("digests") or {}, place))
         _fill_rest(model, rest)
     except ValueError as error:
         raise error if isinstance(error, ModelError) else ModelError(f"{name}: {error}") from None
@@ -175,19 +186,29 @@ def _opened(path: Path) -> Any:
         raise ModelError(f"{path} is truncated or damaged: {error}") from None
 
 
-def _tensors(files: Iterable[Path], device: torch.device | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each file, on ``device``; those that version 1 called codes are weights."""
+def _tensors(
+    files: Iterable[Path], digests: Mapping[str, str] = _NONE, device: torch.device | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of each file, on ``device``; those that version 1 called codes are weights.
+
+    ModelError for a file that has another digest than ``digests`` (:func:`digest_of` by file name) gives for it.
+    """
     for path in files:
         with _opened(path) as file:
             try:
-                yield {
-                    f"{key.removesuffix(_CODES)}.weight" if key.endswith(_CODES) else key: file.get_tensor(key).to(
-                        device
-                    )
+                found = {
+                    f"{key.removesuffix(_CODES)}.weight" if key.endswith(_CODES) else key: file.get_tensor(key)
                     for key in file.keys()  # noqa: SIM118
                 }
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} is truncated or damaged: {error}") from None
+        made = digest_of(found) if path.name in digests else None
+        yield {key: tensor.to(device) for key, tensor in found.items()}
+        # Afterwards: whoever takes the tensors in knows better what is wrong with one.
+        if made != digests.get(path.name):
+            raise ModelError(
+                f"{path} holds codes of another model or layer: expected those that were packed with its plan"
+            )
 
 
 def _linear(model: Any, name: str) -> Any:

@@ -24,6 +24,7 @@ from actsparse.models.sites import LayerSites, ModelError
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import Passed, SparseFFN, SparseLinear, SparsePlainFFN
 from actsparse.runtime.packed import PackedLinear
+from actsparse.runtime.packed_ffn import PackedFFN
 
 PACKED = (GradedLinear, PackedLinear)
 _WINDOWS = {"full_attention": False, "attention": False, "sliding_attention": True}
@@ -241,7 +242,8 @@ def _ffn(backend: Any, layer: LayerSites, model: Any) -> Any:
         rules = ffn.rules()
         block: list[Any] = [layer.weight(name).detach() for name in names]
     else:
-        rules = kernels.Rules(sites.activation_of(model), layer.family.up_activation)
+        plain = kernels.Rules(sites.activation_of(model), layer.family.up_activation)
+        rules = ffn.rules() if isinstance(ffn, PackedFFN) else plain
         block = [_matrix(backend, layer.product(name)) for name in names]
     return backend.ffn_of(*([] if layer.family.gated else [None]), *block, rules)
 
@@ -344,6 +346,10 @@ def _cuda_obstacle(model: Any, step: Step) -> str | None:
     for layer in layers:
         packed = [isinstance(layer.product(name), PACKED) for name, _ in layer.family.projections]
         if any(packed):
+            if isinstance(layer.ffn, PackedFFN):
+                return (
+                    f"layer {layer.index} has a gate's threshold on packed weights, which the CUDA decode step has not"
+                )
             if not all(packed):
                 return f"layer {layer.index} has packed and plain matrices, the CUDA decode step takes one kind"
             continue

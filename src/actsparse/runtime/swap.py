@@ -19,7 +19,7 @@ from actsparse.methods import prompt_rule
 from actsparse.methods.rounding import round_nearest
 from actsparse.models import directory, fused, opening, sites
 from actsparse.models.sites import ModelError
-from actsparse.plan import ModelIdentity, Plan, PlanError
+from actsparse.plan import SKIP_ZEROS, ModelIdentity, Plan, PlanError
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import (
     FFN_RULES,
@@ -35,6 +35,7 @@ from actsparse.runtime.layers import (
 )
 from actsparse.runtime.lowmemory import MappedWeights, mapped_weights, open_mapped
 from actsparse.runtime.packed import PackedLinear, open_packed
+from actsparse.runtime.packed_ffn import PackedFFN
 from actsparse.runtime.prompt_ffn import PromptFFN
 from actsparse.runtime.prompts import Prompts
 from actsparse.runtime.saving import holds_packed, save_pretrained
@@ -88,7 +89,10 @@ def sparsify(model: Any, plan: Plan | str | os.PathLike[str], *, scope: str | No
     setattr(model, _ATTRIBUTE, state)
     activation = sites.activation_of(model)
     for layer in sites.layers_of(model):
-        _sparsify_layer(state, layer, plan, activation, share)
+        if any(isinstance(layer.product(name), PackedLinear) for name, _ in layer.family.projections):
+            _sparsify_packed_layer(state, layer, plan, activation)
+        else:
+            _sparsify_layer(state, layer, plan, activation, share)
         _grade_layer(state, layer, plan)
     if "head.level_threshold" in plan.rules:
         state.head = model.get_output_embeddings()
@@ -111,7 +115,8 @@ def restore(model: Any) -> Any:
     """Undo :func:`sparsify`, bit for bit, in place; returns the model.  A dense model is left as it is."""
     state = state_of(model)
     if state is not None:
-        for layer, path, module in state.replaced:
+        # Blocks before what they hold: those were replaced first.
+        for layer, path, module in reversed(state.replaced):
             layer.replace(path, module)
         for linear in state.relaid:
             lay_rows(linear)
@@ -285,6 +290,35 @@ def _sparsify_ffn(
     for path, old, new in ((family.activation_module, middle, nn.Identity()), (paths["down"], last, Passed(last))):
         layer.replace(path, new)
         state.replaced.append((layer, path, old))
+
+
+def _sparsify_packed_layer(state: State, layer: sites.LayerSites, plan: Plan, activation: str) -> None:
+    """Thresholds on packed weights: a column is read at every plane, or not at all."""
+    rules, paths = plan.layer_rules(layer.index), dict(layer.family.projections)
+    gate = rules.get("ffn.threshold")
+    if "ffn.predictor_a" in rules or (gate is not None and not layer.family.gated):
+        what = "a predictor" if gate is None else "a gate's threshold on a block without a gate"
+        raise PlanError(
+            f"plan of method {plan.method} has {what} for layer {layer.index}: its weights are packed, which cannot"
+        )
+    thresholds = {name: rules[f"{name}.threshold"] for name in paths if f"{name}.threshold" in rules}
+    if gate is not None:
+        thresholds.setdefault("down", torch.tensor([SKIP_ZEROS]))  # what the gate drops is zero there
+    for name, threshold in thresholds.items():
+        linear, site = layer.product(name), f"layers.{layer.index}.{name}"
+        if bool(linear.center.any()):
+            raise PlanError(
+                f"{site} was packed for deviations from a center, the plan of method {plan.method} skips by magnitude: "
+                "expected weights of pack --bits-read all"
+            )
+        levels = threshold.expand(len(linear.packed.planes), linear.in_features)
+        graded = GradedLinear(linear.packed, site, levels, linear.center, linear.start, plan.scope)
+        _replace(state, layer, paths[name], linear, graded)
+    if gate is not None:
+        family = layer.family
+        parts = {name: (paths[name].rpartition(".")[2], layer.product(name)) for name in sites.FFN_PROJECTIONS}
+        ffn = PackedFFN(parts, f"layers.{layer.index}", activation, gate, plan.scope, family.up_activation)
+        _replace(state, layer, family.ffn, layer.ffn, ffn)
 
 
 def _grade_layer(state: State, layer: sites.LayerSites, plan: Plan) -> None:

@@ -32,7 +32,7 @@ class Row:
         weights_read_bytes: per decoded token; counted by the kernels on native paths, else the size of the matrices.
         ffn_sparsity: fraction of neurons that the native path skipped.
         overhead: fraction of a token, per round, that is not spent in its matrix products.
-        bits_read: per weight of the decoder layers' matrices, scales included, on the calibration prompt; of graded plans.
+        bits_read: per weight of the decoder layers' matrices, scales included, on the calibration prompt; of packed weights.
         error: worst relative error of a site against the model's own modules, where that was checked.
     """
 

@@ -32,6 +32,7 @@ from actsparse.models.sites import ModelError
 from actsparse.models.text import Windows
 from actsparse.plan import ModelIdentity, Plan
 from actsparse.runtime.decode import Decoder
+from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.layers import Meter
 from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.prompts import read
@@ -108,6 +109,8 @@ class _Native:
     def __init__(self, model: Any, prompt: torch.Tensor, settings: Settings) -> None:
         self._prompt = prompt
         self._settings = settings
+        # The kernels count columns of packed matrices by their bytes alone.
+        self.packed = any(isinstance(module, GradedLinear | PackedLinear) for module in model.modules())
         self.decoder = Decoder(model, settings.prompt_tokens + settings.new_tokens + CHECKED_STEPS)
 
     def time(self, row: Row) -> None:
@@ -132,7 +135,7 @@ class _Native:
         neurons = sum(block.down.in_ for block in blocks)
         # A dense block's down is stored by rows, each of which reads every neuron.
         by_rows = sum(block.down.in_ - block.down.out for block in blocks if block.down.layout == kernels.cpu.ROWS)
-        if not row.name.startswith(("graded", "packed")):
+        if not self.packed:
             row.ffn_sparsity = 1 - (done["down_rows"] + by_rows) / neurons
         row.overhead.append(1 - done["product_ns"] / (seconds * 1e9))
 
@@ -316,14 +319,13 @@ class _Run:
         native = _Native(self._model, self._prompt, self._settings)
         if row.error is None:
             # On packed weights a last bit of an activation moves coefficients of eight bits: whole steps differ by more.
-            sparse = row.sparsity is not None or row.name == "packed"
-            graded = row.name.startswith("graded")
+            sparse = row.sparsity is not None or native.packed
             meter = Meter()
-            # Graded products count beside the kernels' own call; others compute in another way while they are metered.
-            attach_meter(self._model, meter if graded else None)
+            # Packed products count beside the kernels' own call; others compute in another way while they are metered.
+            attach_meter(self._model, meter if native.packed else None)
             row.error = native.check(self._model)
             attach_meter(self._model, None)
-            if graded:
+            if native.packed:
                 row.bits_read = weights_read(self._model, meter).bits_read
             _refuse(row, row.error, tolerance(self._model.dtype, 1, sparse=sparse), "a site's output")
             if not sparse:
