@@ -78,13 +78,13 @@ def round_with_feedback(
     # Whole groups of outputs: what is added is zero, and stays it.
     codes = torch.empty(inputs, planes.groups_of(outputs) * GROUP, dtype=torch.uint8, device=weight.device)
 
-    def block(rest: torch.Tensor, begin: int, end: int, upper: torch.Tensor) -> torch.Tensor:
+    def rounded_block(rest: torch.Tensor, begin: int, end: int, upper: torch.Tensor) -> torch.Tensor:
         native = rest.is_cuda and not kernels.cuda.device_obstacle(rest.device.index)
         rounded = kernels.cuda.round_block if native else _round_block
         return rounded(rest, begin, end, stored, half_range, upper, ordered, gain, codes)
 
     padded = F.pad(weight.float(), (0, 0, 0, -outputs % GROUP))
-    stood = _feed_back(padded, hessian, order, damping, block)[:, :outputs]
+    stood = _feed_back(padded, hessian, order, damping, rounded_block)[:, :outputs]
     back = order.argsort()
     return planes.pack(codes[back, :outputs].T, mantissa, scale, gain, stored), stood[back].T
 
