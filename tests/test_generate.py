@@ -60,7 +60,9 @@ def plan_for(model: LlamaForCausalLM) -> Plan:
 
 
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actsparse.runtime.generate.Decoder.supports", staticmethod(lambda model: "switched off"))
+    monkeypatch.setattr(
+        "actsparse.runtime.generate.Decoder.supports", staticmethod(lambda model, length=0: "switched off")
+    )
 
 
 @pytest.fixture

@@ -49,8 +49,8 @@ def model(request: Any, tiny: Callable[..., Any], tokenizer: Any, text_file: Pat
         pack(str(tmp_path / "dense"), tmp_path / "packed", settings)
         return open_model(str(tmp_path / "packed"))
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    method = "graded" if request.param == "rounded" else "chess"
-    return actsparse.sparsify(opened, calibrated(opened, tokenizer, text_file, method=method), scope="all")
+    options = {"method": "graded", "sparsity": 1 - 3.5 / 16} if request.param == "rounded" else {"method": "chess"}
+    return actsparse.sparsify(opened, calibrated(opened, tokenizer, text_file, **options), scope="all")
 
 
 def test_copies_are_equal_and_independent(model: Any, tmp_path: Path) -> None:

@@ -54,7 +54,15 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def calibrated(model: Any, tokenizer: Any, text_file: Path, **options: Any) -> Plan:
     plan = actsparse.calibrate(
-        model, tokenizer, str(text_file), **{"sparsity": 0.5, "tokens": 512, "window": 64, **options}
+        model,
+        tokenizer,
+        str(text_file),
+        **{
+            "sparsity": 0.5 if options.get("method") != "graded" else 1 - 3.5 / 16,
+            "tokens": 512,
+            "window": 64,
+            **options,
+        },
     )
     assert isinstance(plan, Plan)
     return plan

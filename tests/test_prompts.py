@@ -77,7 +77,9 @@ def sets_in(session):
 
 
 def without_native(monkeypatch):
-    monkeypatch.setattr("actsparse.runtime.generate.Decoder.supports", staticmethod(lambda model: "switched off"))
+    monkeypatch.setattr(
+        "actsparse.runtime.generate.Decoder.supports", staticmethod(lambda model, length=0: "switched off")
+    )
 
 
 def reply(session, tokens, count=6):

@@ -67,7 +67,7 @@ def results_of_four_tasks() -> list[Tensor]:
 
 def logits_of_four_tasks() -> list[Tensor]:
     torch.manual_seed(2)
-    llama = Llama(window=0, q_norms=True, biases=False, kind="rms")
+    llama = Llama(window=0, q_norms="alike", biases=False, kind="rms")
     llama.widen(3000)
     native, found = llama.native(), []
     for position, token in enumerate((3, 1, 4)):

@@ -52,6 +52,8 @@ def observe(
         for activity in activities(model, tokens, start=start, progress=progress):
             for method in methods:
                 seen = method.observe(views[activity.layer], activity.inputs, activity.sensitivity)
+                # In one order, however they came: sums over them are rounded.
+                seen = dict(sorted(seen.items()))
                 found[method.name][activity.layer] = Calibrated(views[activity.layer], seen)
             if partial:
                 _save(partial, key, found, activity.gradients)
@@ -66,7 +68,7 @@ def _observed(method: Method, saved: Mapping[str, torch.Tensor], prefix: str) ->
         if name.startswith(prefix):
             projection, _, part = name[len(prefix) :].partition(".")
             parts.setdefault(projection, {})[part] = tensor
-    return {projection: method.observed(state) for projection, state in parts.items()}
+    return {projection: method.observed(state) for projection, state in sorted(parts.items())}
 
 
 def _save(

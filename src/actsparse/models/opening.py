@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -120,7 +121,7 @@ def open_gguf(file: str) -> tuple[Any, Any]:
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{file} needs the package gguf: pip install 'actsparse[gguf]'")
     try:
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its bar over tensors obeys no setting
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers and gguf raise many unrelated kinds
