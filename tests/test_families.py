@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from actsparse.calibration import pack
 from actsparse.cli import main
 from actsparse.measure.reading import weights_read
 from actsparse.methods.base import MethodError
-from actsparse.models import families, sites
+from actsparse.models import sites
 from actsparse.models.families import FAMILIES, ModelError
 from actsparse.models.fused import SplitLinear
 from actsparse.plan import ModelIdentity, Plan
@@ -133,7 +134,7 @@ def test_the_native_step_of_two_relus() -> None:
 
 
 # One of each kind of layer: the others' are made of the same parts.
-@pytest.mark.parametrize("case", ["llama", "gemma2", "phi4", "olmo2", "stablelm-12b", "opt"])
+@pytest.mark.parametrize("case", ["gemma2", "phi4", "olmo2", "opt"])
 def test_packed_models_decode_natively(case: str, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
     model = family_model(case, vocab_size=4096, num_hidden_layers=3)
     source, target = tmp_path / "dense", tmp_path / "packed"
@@ -166,7 +167,7 @@ def test_fused_layers_are_calibrated_like_separate_ones(method: str, tokenizer: 
         state |= {f"{layer}.mlp.{n}_proj.weight": w for n, w in (("gate", gate), ("up", up))}
     plain.load_state_dict(state)
     # CoreInfer takes windows from the beginnings of documents, of which this text is one.
-    settings: dict[str, Any] = {"svdp": {"rank": 8}, "coreinfer": {"tokens": 32}}.get(method, {})
+    settings: dict[str, Any] = {"svdp": {"rank": 8}, "coreinfer": {"tokens": 32, "mode": "stability"}}.get(method, {})
     plans = [
         actsparse.calibrate(m, tokenizer, str(text_file), method=method, **{**TEXT, **settings}) for m in (fused, plain)
     ]
@@ -286,13 +287,10 @@ def test_every_family_is_tried_here_and_in_the_table(capsys: pytest.CaptureFixtu
     assert tried == set(FAMILIES)
     assert all(name in CONFIG_MAPPING for name in tried - {"bamboo"})
     assert main(["models", "--json"]) == 0
-    import json
-
     rows = {row["family"]: row for row in json.loads(capsys.readouterr().out)["families"]}
     assert rows.keys() == set(FAMILIES)
     for case, (family, _) in CASES.items():
         assert rows[family]["cpu"] == (Decoder.supports(family_model(case)) is None)
     assert {name for name, row in rows.items() if row["cuda"]} >= {"llama", "mistral", "qwen2", "qwen3"}
-    assert families.FAMILIES is FAMILIES
     assert main(["models"]) == 0
     assert "meta-llama/Llama-3.2-1B" in capsys.readouterr().out

@@ -94,7 +94,9 @@ def decoder_for(backend: Any, model: Any, keys: torch.Tensor, values: torch.Tens
     attention: Any = layers[0].attention
     options: dict[str, Any]
     if backend is kernels:
-        cap = getattr(config, "attn_logit_softcapping", None) if step.attention_cap else None
+        # Older releases of transformers let sdpa, which knows no caps, compute Gemma 2: the step gives what the modules give.
+        capped = step.attention_cap and getattr(config, "_attn_implementation", None) != "sdpa"
+        cap = getattr(config, "attn_logit_softcapping", None) if capped else None
         options = {
             "embedding_scale": _embedding_scale(embedding, config),
             "residual_scale": float(getattr(config, "residual_multiplier", 1.0)),
