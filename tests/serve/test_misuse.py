@@ -284,6 +284,15 @@ def test_sigterm_finishes_what_runs() -> None:
         post(address, BODY)
 
 
+def test_sigterm_is_obeyed_when_nobody_reads_the_messages() -> None:
+    process, address = serve_reference("--context", "64")
+    assert process.stderr is not None
+    process.stderr.close()
+    assert post(address, {"prompt": "Once", "max_tokens": 3})[0] == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
 def test_bad_options_are_one_line() -> None:
     wrong = {
         ("--host", "256.0.0.1"): "cannot listen on 256.0.0.1",

@@ -52,11 +52,15 @@ class _Runner(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take nothing new; the second time do not wait either."""
-        if self.should_exit:
-            self.impatient = self.force_exit = True
-        else:
-            name = signal.Signals(sig).name
-            running = sum(run for run, _ in self._server.engine.load().values())
-            print(f"{name}: finishing {running} answers; once more ends them", file=sys.stderr, flush=True)
+        first = not self.should_exit
+        if first:
             self._server.engine.drain()
+        else:
+            self.impatient = self.force_exit = True
         super().handle_exit(sig, frame)
+        # Last, and not able to fail: whoever read our messages may be gone, and an exception here would end in whatever runs.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            if first:
+                running = sum(run for run, _ in self._server.engine.load().values())
+                what = f"{signal.Signals(sig).name}: finishing {running} answers; once more ends them"
+                print(what, file=sys.stderr, flush=True)
