@@ -60,7 +60,10 @@ def test_two_processes(
 
 
 def test_packed_directory(packed: Path, run_engines: Any) -> None:
-    """Inputs are rounded to whole numbers inside the product: a last bit may differ, so the bound is wider than the others'."""
+    """Inputs are rounded to whole numbers inside the product, and one on the edge of a level may be read to another.
+
+    So the bound is on the whole of the logits, and wider than the others'.
+    """
     model, _ = actsparse.load(str(packed))
     actsparse.sparsify(model.float(), str(packed / "plan.safetensors"), scope="all")
     about = json.loads((packed / "config.json").read_text(encoding="utf-8"))["quantization_config"]
@@ -78,4 +81,4 @@ def test_packed_directory(packed: Path, run_engines: Any) -> None:
         )  # fmt: skip
         assert wanted.sequences[0, len(prompt) :].tolist() == made["tokens"]
         logits = torch.cat(wanted.logits)
-        assert float((made["logits"] - logits).abs().max()) < 0.02 * float(logits.std())
+        assert float((made["logits"] - logits).norm()) < 0.05 * float(logits.norm())
