@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
 from actsparse import kernels
-from actsparse.measure.bench.rows import Report, Row, Settings
+from actsparse.measure.bench.rows import Report, Row, Settings, row_of
 from actsparse.measure.reading import weights_read
 from actsparse.models import caches, sites
 from actsparse.models.sites import ModelError
@@ -82,9 +82,7 @@ class GpuRun:
         rows = [eager, *([] if obstacle else [dense])]
         if obstacle:
             self._skipped["dense"] = obstacle
-        sparse = [
-            Row(plan.method, "transformers" if obstacle else "native", weights, plan.sparsity) for plan in self._plans
-        ]
+        sparse = [row_of(plan, "transformers" if obstacle else "native", weights) for plan in self._plans]
         compiles = True
         for number in range(self._settings.repeats):
             self._say(f"round {number + 1} of {self._settings.repeats}")
@@ -156,7 +154,8 @@ class GpuRun:
                 token = int(read(model, prompt, cache, prompts_of(model)).logits[0, -1].argmax())
             row.prefill_tok_s.append(prompt.shape[1] / (time.perf_counter() - began))
             steps = self._settings.new_tokens
-            warm = min(3, steps - 1) if step is not None and not row.decode_tok_s else 0
+            # In every round: weights that were re-laid for a plan meanwhile are captured anew.
+            warm = min(3, steps - 1) if step is not None else 0
             for index in range(steps):
                 if index == warm:  # the compiler's work and the capture come before
                     began = time.perf_counter()
@@ -239,7 +238,10 @@ class GpuRun:
             for token in range(CHECKED_STEPS):
                 read(self._model, torch.tensor([[token]], device=self._model.device), cache, None)
             attach_meter(self._model, None)
-        row.weights_read_bytes = weights_read(self._model, meter).bytes
+        read_weights = weights_read(self._model, meter)
+        row.weights_read_bytes = read_weights.bytes
+        if any(isinstance(module, GradedLinear) for module in self._model.modules()):
+            row.bits_read = read_weights.bits_read
         skipped = [value for site, value in meter.sparsity().items() if site.endswith(".down")]
         row.ffn_sparsity = sum(skipped) / max(1, len(sites.layers_of(self._model)))
 

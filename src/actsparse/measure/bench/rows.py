@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
+from actsparse.plan import Plan
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -71,6 +73,14 @@ class Row:
             "bits_read": self.bits_read,
             "site_error": self.error,
         }
+
+
+def row_of(plan: Plan, path: str, dense: str) -> Row:
+    """The row of a plan, for a model whose dense weights are of type ``dense``."""
+    if plan.method != "graded":
+        return Row(plan.method, path, dense, plan.sparsity)
+    bits = plan.settings["bits_read"]
+    return Row(f"graded-{bits:.1f}", path, f"{plan.settings['bits_stored']} bits", plan.sparsity)
 
 
 @dataclass

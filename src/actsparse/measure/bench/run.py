@@ -22,7 +22,7 @@ from actsparse import kernels
 from actsparse.calibration.collect import Calibration, Progress, check_sparsity
 from actsparse.measure.bench import peer
 from actsparse.measure.bench.gpu import GpuRun
-from actsparse.measure.bench.rows import Report, Row, Settings
+from actsparse.measure.bench.rows import Report, Row, Settings, row_of
 from actsparse.measure.bench.shapes import available_bytes
 from actsparse.measure.reading import weights_read
 from actsparse.methods import Method
@@ -226,14 +226,6 @@ def _refuse(row: Row, error: float, allowed: float, what: str) -> None:
         )
 
 
-def _name(plan: Plan) -> str:
-    return f"{plan.method}-{plan.settings['bits_read']:.1f}" if plan.method == "graded" else plan.method
-
-
-def _weights(plan: Plan, dense: str) -> str:
-    return f"{plan.settings['bits_stored']} bits" if plan.method == "graded" else dense
-
-
 class _Run:
     def __init__(
         self, model: Any, plans: Sequence[Plan], settings: Settings, directory: Path, say: Callable[[str], None]
@@ -258,7 +250,7 @@ class _Run:
         weights = f"{head.packed.stored} bits" if packed else str(self._model.dtype).removeprefix("torch.")
         eager = Row("hf-eager", "transformers", weights, weights_read_bytes=weights_read(self._model).bytes)
         dense = [Row("packed" if packed else "dense", path, weights)] if obstacle is None else []
-        sparse = [Row(_name(plan), path, _weights(plan, weights), plan.sparsity) for plan in self._plans]
+        sparse = [row_of(plan, path, weights) for plan in self._plans]
         peers = {name: Row(f"llama.cpp-{name.lower()}", "llama.cpp", name) for name in files}
         for round_number in range(self._settings.repeats):
             self._say(f"round {round_number + 1} of {self._settings.repeats}")
