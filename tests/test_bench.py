@@ -81,12 +81,12 @@ def test_a_shape_that_does_not_fit_is_made_packed(monkeypatch, capsys) -> None:
     shape = small().to_dict()
     kept = {name: shape[name] for name in shapes.SHAPES["llama-1b"]}
     monkeypatch.setitem(shapes.SHAPES, "tiny", kept)
-    monkeypatch.setattr(shapes, "fits", lambda config, dtype: False)
+    monkeypatch.setattr(shapes, "fits_with_codes", lambda config, dtype, bits_stored: False)
     options = ["--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--calibration-tokens", "64"]
     arguments = ["bench", "--shape", "tiny", "--method", "graded", "--bits-read", "3.0,4.0", *options]
     assert main([*arguments, "--no-llama-cpp", "--json"]) == 0
     captured = capsys.readouterr()
-    assert "tiny in bfloat16 does not fit the memory: made packed" in captured.err
+    assert "tiny in bfloat16 and packed does not fit the memory: made packed only" in captured.err
     rows = {row["name"]: row for row in json.loads(captured.out.splitlines()[-1])["results"]}
     assert list(rows) == ["hf-eager", "packed", "graded-3.0", "graded-4.0"]
     assert {row["weights"] for row in rows.values()} == {"6 bits"}

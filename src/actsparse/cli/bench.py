@@ -101,9 +101,10 @@ def run(options: argparse.Namespace) -> None:
         what = f"{options.shape}, random weights"
         dtype = "bfloat16" if options.dtype == "auto" else options.dtype
         config = shapes.config_of(options.shape)
-        if method.name == "graded" and options.device == "cpu" and not shapes.fits(config, dtype):
-            print(f"{options.shape} in {dtype} does not fit the memory: made packed", file=sys.stderr)
-            model = packed.random_packed(config, options.bits_stored or Graded().bits_stored, name=options.shape)
+        stored = options.bits_stored or Graded().bits_stored
+        if method.name == "graded" and options.device == "cpu" and not shapes.fits_with_codes(config, dtype, stored):
+            print(f"{options.shape} in {dtype} and packed does not fit the memory: made packed only", file=sys.stderr)
+            model = packed.random_packed(config, stored, name=options.shape)
             bits = [DENSE_BITS * (1 - target) for target in targets]
             plans = packed.plans_on_random_tokens(model, bits, tokens=options.calibration_tokens)
         else:

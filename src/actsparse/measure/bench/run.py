@@ -40,6 +40,8 @@ from actsparse.runtime.swap import attach_meter, prompts_of, restore, sparsify
 
 CALIBRATION_WINDOW = 256
 CHECKED_STEPS = 4
+# Of the prompt: enough for a plan to choose neurons by; a whole long one would be read four more times.
+CHECKED_PROMPT = 32
 
 
 def measure(
@@ -116,7 +118,7 @@ class _Native:
     def time(self, row: Row) -> None:
         """One round."""
         decoder, steps = self.decoder, self._settings.new_tokens
-        self._start()
+        self._start(self._prompt)
         for _ in range(2):  # caches and branch predictors know nothing of these weights yet
             decoder.step(0)
         decoder.reset()
@@ -147,12 +149,13 @@ class _Native:
         output without either path being wrong.  How sites combine is checked on the dense model, by whole steps.
         """
         native, library = self.decoder.native, kernels.cpu.library()
-        self._start()  # a plan may let the prompt choose neurons
+        prompt = self._prompt[:CHECKED_PROMPT]
+        self._start(prompt)  # a plan may let the prompt choose neurons
         inputs: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         cache = DynamicCache()
         with torch.no_grad():
-            read(model, self._prompt[None], cache, prompts_of(model))
+            read(model, prompt[None], cache, prompts_of(model))
             handles = []
             for first, last in site_modules(model):
                 handles.append(first.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
@@ -180,9 +183,10 @@ class _Native:
         """Worst relative error of a few whole decode steps' logits."""
         cache = DynamicCache()
         token, worst = 0, 0.0
-        self._start()
+        prompt = self._prompt[:CHECKED_PROMPT]
+        self._start(prompt)
         with torch.no_grad():
-            read(model, self._prompt[None], cache, prompts_of(model))
+            read(model, prompt[None], cache, prompts_of(model))
             for _ in range(CHECKED_STEPS):
                 output = read(model, torch.tensor([[token]]), cache, None)
                 want = output.logits[0, -1].float()
@@ -192,9 +196,9 @@ class _Native:
         self.decoder.reset()
         return worst
 
-    def _start(self) -> None:
+    def _start(self, prompt: torch.Tensor) -> None:
         self.decoder.reset()
-        self.decoder.prefill(self._prompt)
+        self.decoder.prefill(prompt)
 
 
 def tolerance(dtype: torch.dtype, layers: int, *, sparse: bool) -> float:

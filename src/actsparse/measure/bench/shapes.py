@@ -47,12 +47,13 @@ def config_of(shape: str) -> LlamaConfig:
     return LlamaConfig(**SHAPES[shape], max_position_embeddings=CONTEXT, tie_word_embeddings=False)
 
 
-def fits(config: Any, dtype: str) -> bool:
-    """Whether :func:`random_model` finds the memory for this configuration on the CPU."""
+def fits_with_codes(config: Any, dtype: str, bits_stored: int) -> bool:
+    """Whether :func:`random_model` of this configuration, and all its weights packed beside it, fit the memory of the CPU."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     available = available_bytes()
-    return available is None or _needed(model) <= available
+    codes = sum(p.numel() for p in model.parameters()) * bits_stored // 8
+    return available is None or _needed(model) + codes <= available
 
 
 def _needed(model: Any) -> int:
