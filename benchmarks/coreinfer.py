@@ -4,6 +4,7 @@
         --calibration-text reference/text/calibration.jsonl
     python benchmarks/coreinfer.py speed     # 1.1 B shape, random weights
     python benchmarks/coreinfer.py memory    # the same, each run in a process of its own, watched from outside
+    python benchmarks/coreinfer.py card      # 8 B shape on a GPU of limited memory, beside accelerate's offload
 
 Every speed is checked against the masked dense model before it is timed.  The last line is JSON.
 
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ SHORT = (8, 16, 64)
 CONTINUATION = 256
 # Weights that only decoding reads, so that a child process proves what it needs itself.
 MEMORY_PROMPT, MEMORY_TOKENS = 64, 16
+PROMPTS_ON_A_CARD = (128, 2048)
 
 
 class Fixed(PromptRule):
@@ -258,8 +260,106 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
+def card(options: argparse.Namespace) -> dict[str, Any]:
+    """Decode on a GPU whose memory the dense model exceeds: ours in low memory beside transformers with accelerate's offload.
+
+    The resident model, without a limit, shows what the low-memory one has to give: the same logits, to the last bit.
+    """
+    document: dict[str, Any] = {"beta": options.beta, "dtype": options.dtype, "limit_gib": options.limit}
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        for name in ("make on the card", "resident", "low memory on the card", "offloaded"):
+            command = [sys.executable, __file__, "child", directory, "--path", name, "--dtype", options.dtype]
+            command += ["--beta", str(options.beta), *(["--layers", options.layers] if options.layers else [])]
+            command += ["--limit", str(options.limit), "--shape", options.shape, "--steps", str(options.steps)]
+            found = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()
+            document[name] = json.loads(found[-1])
+            print(name, document[name], flush=True)
+    ours, theirs = document["low memory on the card"], document["offloaded"]
+    if ours.pop("tokens") != document["resident"].pop("tokens"):
+        raise SystemExit("low memory gives other tokens than the resident model")
+    for prompt in PROMPTS_ON_A_CARD:
+        ratio = theirs[f"prompt {prompt}"]["step_ms"] / ours[f"prompt {prompt}"]["step_ms"]
+        print(f"prompt {prompt}: {ratio:.1f} x the tokens/s of accelerate's offload")
+    return document
+
+
+def child_on_card(options: argparse.Namespace) -> dict[str, Any]:
+    """One measured process of :func:`card`."""
+    name, began = options.path, time.perf_counter()
+    if name == "make on the card":
+        made = random_model(config_of(options.shape), options.dtype, device="cuda")
+        settings = {"mode": "stability", "sparsity": 1 - options.beta, "layers": options.layers}
+        calibrate(made, None, None, method="coreinfer", output=f"{options.model}/plan", **settings)
+        made.save_pretrained(options.model)
+        return {"weights_gb": sum(weight.nbytes for weight in made.parameters()) / 1e9}
+    if name != "resident":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.limit * 2**30 / total)
+    if name == "offloaded":
+        from transformers import AutoModelForCausalLM
+
+        # Room for activations and for the layer that is on its way.
+        memory = {0: f"{options.limit - 1.5}GiB", "cpu": "100GiB"}
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", device_map="auto", max_memory=memory)
+        places = list(model.hf_device_map.values())
+        document: dict[str, Any] = {"modules_on_the_host": sum(place == "cpu" for place in places), "of": len(places)}
+    else:
+        low = name != "resident"
+        model = open_mapped(options.model, device="cuda") if low else opening.open_model(options.model, device="cuda")
+        sparsify(model, f"{options.model}/plan")
+        document = {"tokens": []}
+    document["open_s"] = time.perf_counter() - began
+    generator = torch.Generator().manual_seed(0)
+    decoder = None if name == "offloaded" else Decoder(model, max(PROMPTS_ON_A_CARD) + options.steps)
+    torch.cuda.reset_peak_memory_stats()
+    for prompt in PROMPTS_ON_A_CARD:
+        tokens = torch.randint(0, model.config.vocab_size, (prompt,), generator=generator)
+        first, steps = [], []
+        for _ in range(options.repeats if decoder else 1):
+            if decoder is None:
+                step = iter(_offloaded_steps(model, tokens))
+            else:
+                decoder.reset()
+                step = iter(_steps(decoder, tokens))
+            first.append(timed(lambda: next(step)))  # noqa: B023
+            produced = []
+            count = options.steps if decoder else options.steps // 8
+            steps += [timed(lambda: produced.append(next(step))) for _ in range(count)]  # noqa: B023
+        steps = sorted(steps[1:])
+        document[f"prompt {prompt}"] = {
+            "first_token_ms": 1e3 * statistics.median(first), "step_ms": 1e3 * statistics.median(steps),
+            "p10_ms": 1e3 * steps[len(steps) // 10], "p90_ms": 1e3 * steps[-1 - len(steps) // 10],
+        }  # fmt: skip
+        if decoder is not None:
+            document["tokens"].append(produced)
+    document["peak_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    document["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    return document
+
+
+def _steps(decoder: Decoder, tokens: torch.Tensor) -> Iterator[int]:
+    """Greedy tokens after a prompt."""
+    logits = decoder.prefill(tokens)
+    while True:
+        yield (token := int(logits.argmax()))
+        logits = decoder.step(token)
+
+
+def _offloaded_steps(model: Any, tokens: torch.Tensor) -> Iterator[int]:
+    """The same through a model's own forward."""
+    cache, step = DynamicCache(), tokens[None].cuda()
+    while True:
+        with torch.inference_mode():
+            logits = read(model, step, cache, None).logits[0, -1]
+        yield (token := int(logits.argmax()))
+        step = torch.tensor([[token]], device="cuda")
+
+
 def child(options: argparse.Namespace) -> None:
     """One measured process of :func:`memory`."""
+    if options.path in ("make on the card", "resident", "low memory on the card", "offloaded"):
+        print(json.dumps(child_on_card(options)))
+        return
     if options.path == "nothing":
         return
     if options.path == "make":
@@ -290,26 +390,32 @@ def main() -> None:
     one.add_argument("--tokens", type=int, default=93440)
     one.add_argument("--layers")
     one.add_argument("--prompts", type=int, nargs="+", default=(*SHORT, 256), metavar="TOKENS", help="prompt lengths")
-    for name in ("speed", "memory"):
+    for name in ("speed", "memory", "card"):
         two = parts.add_parser(name)
         two.add_argument("--beta", type=float, default=0.4)
         two.add_argument("--dtype", default="bfloat16")
         two.add_argument("--layers")
         two.add_argument("--prompt", type=int, default=256)
-        two.add_argument("--steps", type=int, default=12)
+        two.add_argument("--steps", type=int, default=64 if name == "card" else 12)
         two.add_argument("--repeats", type=int, default=3)
-        two.add_argument("--directory", default=None, help="where the checkpoint of `memory` is written for a while")
+        two.add_argument("--directory", default=None, help="where the checkpoint is written for a while")
+        two.add_argument("--limit", type=float, default=10.0, help="GiB of the card that `card` may use")
+        two.add_argument("--shape", default="llama-3-8b", help="of the model of `card`")
     three = parts.add_parser("child")
     three.add_argument("model")
     three.add_argument("--path")
     three.add_argument("--beta", type=float)
     three.add_argument("--dtype")
     three.add_argument("--layers")
+    three.add_argument("--limit", type=float)
+    three.add_argument("--shape")
+    three.add_argument("--steps", type=int)
+    three.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     if options.part == "child":
         child(options)
         return
-    document = {"quality": quality, "speed": speed, "memory": memory}[options.part](options)
+    document = {"quality": quality, "speed": speed, "memory": memory, "card": card}[options.part](options)
     print(json.dumps(document))
 
 

@@ -63,9 +63,7 @@ def run(options: argparse.Namespace) -> None:
         if plan is None or not plan.prompt or options.compare:
             wrong = "--compare" if options.compare else f"--plan {options.plan}"
             raise PlanError(f"--low-memory got {wrong}, expected only a plan that chooses neurons per prompt")
-        if options.device != "cpu":
-            raise PlanError(f"--low-memory got --device {options.device}, expected cpu")
-        model, tokenizer = open_mapped(options.model), opening.open_tokenizer(options.model)
+        model, tokenizer = open_mapped(options.model, device=options.device), opening.open_tokenizer(options.model)
     else:
         model, tokenizer = (
             open_model(options.model, options.dtype, options.device),

@@ -21,7 +21,7 @@ from actsparse.models.sites import ModelError
 from actsparse.runtime import stepping
 from actsparse.runtime.prompts import read
 from actsparse.runtime.sessions import Session
-from actsparse.runtime.swap import prompts_of, state_of
+from actsparse.runtime.swap import prompts_of, resident, state_of
 
 
 class Decoder:
@@ -56,7 +56,7 @@ class Decoder:
         self._session: Session | None = None
         self._stepped: list[int] = []
         self._chosen = {block.layer: block for block in self._prompts.modules} if self._prompts else {}
-        self._chosen_ffns: list[kernels.FFN] = []
+        self._chosen_ffns: dict[int, kernels.FFN] = {}
         _, kv_heads, head_dim = sites.heads_of(model.config)
         embedding, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings()
         size = (len(sites.layers_of(model)), kv_heads, cache_length, head_dim)
@@ -64,7 +64,7 @@ class Decoder:
         self._values = embedding.new_empty(size)
         self._vocabulary = head.out_features
         packed = (module.packed for module in model.modules() if isinstance(module, stepping.PACKED))
-        kernels.use_huge_pages(*model.parameters(), *(storage for each in packed for storage in each.storages))
+        kernels.use_huge_pages(*resident(model), *(storage for each in packed for storage in each.storages))
         # Its own counters: two that decode at once in one process must not count each other's reads.
         self._stats = kernels.cpu.Stats()
         self._stats_reference = ctypes.byref(self._stats)
@@ -91,7 +91,7 @@ class Decoder:
     @staticmethod
     def supports(model: Any, cache_length: int = 0) -> str | None:
         """Why ``model`` cannot be decoded natively with a cache of so many tokens, in words; None when it can."""
-        devices = {parameter.device for parameter in model.parameters()}
+        devices = {parameter.device for parameter in resident(model)}
         if len(devices) > 1:
             return f"the model is on {', '.join(sorted(map(str, devices)))}: expected one device"
         device = devices.pop()
@@ -144,9 +144,9 @@ class Decoder:
                 self._values[index, :, changed:end] = layer.values[0, :, changed:]
         self.position = end
         if self._prompts is not None:
-            self._session = self._prompts.session(cache)
+            before, self._session = self._session, None
             self._stepped = []
-            self._choose()
+            self._session = self._choose(self._prompts.session(cache), {} if before is None else before.gathered)
         return output.logits[0, -1].float()
 
     def step(self, token: int) -> torch.Tensor:
@@ -195,16 +195,21 @@ class Decoder:
         """Forget every token."""
         self.rewind(0)
 
-    def _choose(self) -> None:
-        """Let the blocks that obey the session decode on its neurons."""
-        if self._session is None:
+    def _choose(self, session: Session | None, before: dict[tuple[int, int], Any]) -> Session:
+        """Let the blocks that obey a session decode on its neurons, in place of copies made ``before``."""
+        if session is None:
             raise ModelError("the prompt's key/value cache carries no chosen neurons")
-        self._chosen_ffns = []
         for index, block in self._chosen.items():
-            operands = block.operands(self._session)
+            copies = before.pop((index, 0), None)
+            if copies is not None:
+                # As many neurons as ever: they may lie where the last ones lay, without second copies or a new graph.
+                block.gather(session, into=copies)
+                continue
+            operands = block.operands(session)
             ffn = self._kernels.ffn_of(*operands.matrices, kernels.Rules(**operands.options))
-            self._chosen_ffns.append(ffn)
+            self._chosen_ffns[index] = ffn
             self.native.layer[index].ffn = ffn
+        return session
 
     def check(self, end: int) -> None:
         """ModelError unless the cache has room up to position ``end`` and the model is what the decoder was made for."""

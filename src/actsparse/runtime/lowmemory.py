@@ -6,6 +6,9 @@ of again right after (``madvise``).  What stays is what decoding reads: contiguo
 
 Pages of a mapping belong to the kernel's page cache: they are fast while there is memory to spare and never count as the
 process's own.  Every new text reads the blocks again.
+
+On a GPU the same holds of the card's memory: :func:`actsparse.runtime.swap.sparsify` takes the blocks that obey the plan into
+the host's pinned memory (:mod:`actsparse.runtime.host`) and the others onto the card.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ class MappedWeights:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
+        # Where the rest of the model is, when that is not the CPU.
+        self.card: torch.device | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self._places: dict[int, tuple[mmap.mmap, int, int]] = {}
         files = sorted(file for file in Path(directory).glob("*.safetensors") if file.name != PLAN)
@@ -87,21 +92,24 @@ def mapped_weights(model: Any) -> MappedWeights | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
-def open_mapped(directory: str, *, everything: bool = False) -> Any:
-    """The causal language model in ``directory``, on the CPU, its feed-forward weights mapped instead of read.
+def open_mapped(directory: str, *, device: str = "cpu", everything: bool = False) -> Any:
+    """The causal language model in ``directory``, its feed-forward weights mapped instead of read, the rest on ``device``.
 
     With ``everything`` all of its weights are mapped, for a caller that goes through them once.
 
-    Sparsified with a plan that chooses neurons per prompt, it decodes with only the chosen neurons resident.
+    Sparsified with a plan that chooses neurons per prompt, it decodes with only the chosen neurons resident.  On a GPU it
+    computes only once it is sparsified.
 
     Raises:
-        ModelError: not a directory, an unsupported family, no safetensors files, or tensors missing from them.
+        ModelError: no such device, not a directory, an unsupported family, no safetensors files, or tensors missing from them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (Path(directory) / "config.json").is_file():
         raise ModelError(f"model {directory} is no directory with a config.json: the low-memory mode needs the files")
+    place = opening.device_of(device)
     mapped = MappedWeights(directory)
+    mapped.card = None if place.type == "cpu" else place
     try:
         config = opening.without_plan(AutoConfig.from_pretrained(directory))
     except Exception as error:  # transformers raises many unrelated kinds
@@ -123,7 +131,7 @@ def open_mapped(directory: str, *, everything: bool = False) -> Any:
         if everything or (name.endswith(".weight") and name.split(".")[-2] in in_place):
             state[name] = tensor
         else:
-            state[name] = tensor.clone()
+            state[name] = tensor.clone() if mapped.card is None else tensor.to(place)
             mapped.releaser([tensor])()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     opening.check_complete(
@@ -136,6 +144,9 @@ def open_mapped(directory: str, *, everything: bool = False) -> Any:
     if unexpected:
         raise ModelError(f"model {directory} holds {unexpected[0]}, expected only tensors of its config.json")
     opening.materialise_buffers(model)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(place))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     setattr(model, _ATTRIBUTE, mapped)

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from actsparse import kernels
 from actsparse.models.sites import ModelError
+from actsparse.runtime.host import HostWeights
 from actsparse.runtime.layers import SparseModule, hold
 from actsparse.runtime.prompts import Prompts, Run
 from actsparse.runtime.sessions import Session, Tally
@@ -67,6 +69,8 @@ class PromptFFN(SparseModule):
         self.prompts = prompts
         # Called when a text is through this block, for weights that are mapped from a file: :mod:`actsparse.runtime.lowmemory`.
         self.release: Callable[[], None] | None = None
+        # Where the weights are, when they are not where the model computes.
+        self.host: HostWeights | None = None
         self._names = {projection: name for projection, (name, _) in projections.items()}
         hold(self, ffn, self._names.values())
         # Not a registered child: it holds the same layers, which must appear in the state dict once.
@@ -95,7 +99,7 @@ class PromptFFN(SparseModule):
 
     def _scored(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         activate, activate_up = (kernels.reference.ACTIVATIONS[name] for name in (self.activation, self.up_activation))
-        value = activate(self.projection("gate")(x)) * activate_up(self.projection("up")(x))
+        value = activate(self._product("gate", x)) * activate_up(self._product("up", x))
         with torch.no_grad():
             rows = value.detach().reshape(run.batch, -1, value.shape[-1])
             real = None if run.real is None else run.real.to(value.device)
@@ -103,10 +107,18 @@ class PromptFFN(SparseModule):
                 self._tally(run.session, sequence, row if real is None else row[real[sequence]])
                 for sequence, row in enumerate(rows)
             ]
-        output = self.projection("down")(value)
+        output = self._product("down", value)
         if self.release is not None:
             self.release()
         return output
+
+    def _product(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        linear = self.projection(name)
+        if self.host is None:
+            y: torch.Tensor = linear(x)
+            return y
+        with self.host.on_card(linear.weight) as weight:
+            return F.linear(x, weight, linear.bias)
 
     def _tally(self, session: Session | None, sequence: int, values: torch.Tensor) -> Tally:
         if session is None:
@@ -141,7 +153,7 @@ class PromptFFN(SparseModule):
         options |= {"gate_bias": gate.bias, "up_bias": up.bias}
         copies = session.gathered.get((self.layer, sequence))
         if copies is None and self._gathers:
-            copies = session.gathered[self.layer, sequence] = self._gather(session, sequence)
+            copies = self.gather(session, sequence)
         if copies is not None:
             options |= {"gate_bias": copies.gate_bias, "up_bias": copies.up_bias}
             return Operands((copies.gate, copies.up, copies.down), options)
@@ -153,22 +165,29 @@ class PromptFFN(SparseModule):
         # Off the CPU an index list would be gathered again at every token.
         return self.prompts.gather or self.projection("up").weight.device.type != "cpu"
 
-    def _gather(self, session: Session, sequence: int) -> Gathered:
+    def gather(self, session: Session, sequence: int = 0, into: Gathered | None = None) -> Gathered:
+        """Copy the neurons that a sequence's text chose, ``into`` another text's copies where these are not needed any more."""
         gate, up, down = (self.projection(name) for name in ("gate", "up", "down"))
         neurons = session.neurons(self.layer, sequence)
         assert neurons is not None
-        index = neurons.to(up.weight.device)
+        index = neurons.to(up.weight.device if self.host is None else self.host.card, torch.int64)
 
-        def pick(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else values.detach().index_select(0, index)
+        def pick(values: torch.Tensor | None, room: torch.Tensor | None) -> Any:
+            if values is None:
+                return None
+            if self.host is not None and self.host.holds(values):
+                return self.host.gather(values.detach(), index, room)
+            return torch.index_select(values.detach(), 0, index, out=room)
 
         with torch.no_grad():
             # From the transposed view, so that the columns come out contiguous without a second copy.
-            columns = down.weight.detach().t().index_select(0, index).t()
-            rows = gate.weight.detach().index_select(0, index), up.weight.detach().index_select(0, index)
-            copies = Gathered(*rows, columns, pick(gate.bias), pick(up.bias))
+            rooms = (None,) * 5 if into is None else (into.gate, into.up, into.down.t(), into.gate_bias, into.up_bias)
+            parts = (gate.weight, up.weight, down.weight.t(), gate.bias, up.bias)
+            rows = [pick(values, room) for values, room in zip(parts, rooms, strict=True)]
+            copies = Gathered(rows[0], rows[1], rows[2].t(), rows[3], rows[4])
         if self.release is not None:
             self.release()
+        session.gathered[self.layer, sequence] = copies
         return copies
 
     def extra_repr(self) -> str:

@@ -94,10 +94,13 @@ class Prompts:
     def stride(self) -> int:
         """Text is read so many tokens at a time by :func:`read`, from multiples of it on.
 
-        More where a forward costs much beside its tokens: off the CPU, and where weights are paged in from their file.
+        More where a forward costs much beside its tokens: where weights are paged in from their file, and most off the CPU,
+        where they may have to come from the host's memory.
         """
-        device = self.modules[0].projection("up").weight.device
-        return self.rule.block if device.type == "cpu" and not self.gather else 2 * self.rule.block
+        first = self.modules[0]
+        if first.host is not None or first.projection("up").weight.device.type != "cpu":
+            return 4 * self.rule.block
+        return 2 * self.rule.block if self.gather else self.rule.block
 
     def session(self, cache: Any) -> Session | None:
         """The session that lives on ``cache``, if this model made it."""

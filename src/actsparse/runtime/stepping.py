@@ -357,7 +357,8 @@ def _cuda_obstacle(model: Any, step: Step) -> str | None:
             continue
         gate, up, down = (layer.weight(name) for name in sites.FFN_PROJECTIONS)
         rules = layer.ffn.rules() if isinstance(layer.ffn, SparseFFN) else kernels.Rules(sites.activation_of(model))
-        obstacle = kernels.cuda.ffn_obstacle(up[:1], gate, up, down, rules)
+        # A row of q's inputs, because feed-forward weights may be in the host's memory.
+        obstacle = kernels.cuda.ffn_obstacle(layer.weight("q")[:1], gate, up, down, rules)
         if obstacle:
             return f"layer {layer.index}: {obstacle}"
     return None

@@ -21,6 +21,7 @@ from actsparse.models import directory, fused, opening, sites
 from actsparse.models.sites import ModelError
 from actsparse.plan import SKIP_ZEROS, ModelIdentity, Plan, PlanError
 from actsparse.runtime.graded import GradedLinear
+from actsparse.runtime.host import HostWeights
 from actsparse.runtime.layers import (
     FFN_RULES,
     Meter,
@@ -54,6 +55,9 @@ class State:
     modules: list[SparseModule]
     handles: list[Any] = field(default_factory=list)
     prompts: Prompts | None = None
+    # Weights in the host's memory, and layers whose weight was put there or on the card, with the one that they had.
+    host: HostWeights | None = None
+    moved: list[tuple[nn.Linear, nn.Parameter]] = field(default_factory=list)
     head: nn.Module | None = None
 
 
@@ -100,14 +104,23 @@ def sparsify(model: Any, plan: Plan | str | os.PathLike[str], *, scope: str | No
         model.set_output_embeddings(graded)
         state.modules.append(graded)
     if rule is not None:
-        state.prompts = Prompts(model.get_decoder(), rule, gather=mapped_weights(model) is not None)
+        mapped = mapped_weights(model)
+        state.prompts = Prompts(model.get_decoder(), rule, gather=mapped is not None)
         state.handles += state.prompts.handles
-        for layer in sites.layers_of(model):
-            if layer.index in rule.layers:
-                _choose_by_prompt(state, layer, state.prompts, activation, mapped_weights(model))
+        if mapped is not None and mapped.card is not None:
+            state.host = HostWeights(mapped.card)
+        try:
+            for layer in sites.layers_of(model):
+                if state.host is not None and mapped is not None:
+                    _part(state, layer, mapped, state.host, chosen=layer.index in rule.layers)
+                if layer.index in rule.layers:
+                    _choose_by_prompt(state, layer, state.prompts, activation, mapped)
+        except ModelError:
+            restore(model)
+            raise
     model.save_pretrained = partial(save_pretrained, model)
     # Last, when every weight lies as it will be read.
-    kernels.use_huge_pages(*map(local, model.parameters()))
+    kernels.use_huge_pages(*map(local, resident(model)))
     return model
 
 
@@ -120,13 +133,15 @@ def restore(model: Any) -> Any:
             layer.replace(path, module)
         for linear in state.relaid:
             lay_rows(linear)
+        for linear, weight in state.moved:
+            linear.weight = weight
         if state.head is not None:
             model.set_output_embeddings(state.head)
         for handle in state.handles:
             handle.remove()
         delattr(model, _ATTRIBUTE)
         if not holds_packed(model):
-            del model.save_pretrained
+            model.__dict__.pop("save_pretrained", None)  # not there yet where sparsifying failed
     fused.fuse(model)
     return model
 
@@ -144,7 +159,7 @@ def load(
 
     ``low_memory`` (a directory, weights as stored) keeps feed-forward weights in their files: :mod:`.lowmemory`.
     """
-    model = open_mapped(name) if low_memory else open_model(name, dtype, device)
+    model = open_mapped(name, device=device) if low_memory else open_model(name, dtype, device)
     tokenizer = opening.open_tokenizer(name)
     if plan is not None:
         sparsify(model, plan, **options)
@@ -173,6 +188,13 @@ def open_model(name: str, dtype: str = "auto", device: str = "cpu") -> Any:
 def state_of(model: Any) -> State | None:
     """What was done to ``model``, or None for a dense one."""
     return getattr(model, _ATTRIBUTE, None)
+
+
+def resident(model: Any) -> list[nn.Parameter]:
+    """The parameters of ``model`` without those that are kept in the host's memory for a GPU."""
+    state = state_of(model)
+    host = None if state is None else state.host
+    return [parameter for parameter in model.parameters() if host is None or not host.holds(parameter)]
 
 
 def prompts_of(model: Any) -> Prompts | None:
@@ -361,6 +383,17 @@ def _rounded(linear: nn.Linear, stored: int) -> kernels.Nested:
     return packed
 
 
+def _part(state: State, layer: sites.LayerSites, mapped: MappedWeights, host: HostWeights, *, chosen: bool) -> None:
+    """Take a layer's mapped feed-forward weights into the host's memory where neurons are ``chosen``, else onto the card."""
+    for name, (_, linear) in _ffn_linears(layer).items():
+        old: Any = linear.weight
+        data = old.detach()
+        new = host.take_in(data, columns=name == "down") if chosen else data.to(host.card)
+        state.moved.append((linear, old))
+        linear.weight = nn.Parameter(new, requires_grad=False)
+        mapped.releaser([old])()
+
+
 def _choose_by_prompt(
     state: State, layer: sites.LayerSites, prompts: Prompts, activation: str, mapped: MappedWeights | None
 ) -> None:
@@ -369,7 +402,8 @@ def _choose_by_prompt(
         # Weights that are mapped from a file stay as they lie there: decoding runs on copies of the chosen ones.
         _lay_columns(state, linears["down"][1])
     ffn = PromptFFN(layer.ffn, linears, layer.index, activation, prompts, layer.family.up_activation)
-    if mapped is not None:
+    ffn.host = state.host
+    if mapped is not None and ffn.host is None:
         ffn.release = mapped.releaser([linear.weight for _, linear in linears.values()])
     _replace(state, layer, layer.family.ffn, layer.ffn, ffn)
 
