@@ -13,7 +13,7 @@ from actsparse.runtime import swap
 from actsparse.runtime.decode import Decoder
 from actsparse.runtime.host import HostWeights
 from actsparse.runtime.lowmemory import mapped_weights, open_mapped
-from actsparse.runtime.swap import state_of
+from actsparse.runtime.swap import open_model, state_of
 
 from .cases import N, generated, make, over, session_of, stability
 
@@ -150,9 +150,8 @@ def test_low_memory_on_a_gpu(tmp_path, mode):
     plan = (
         stability(dense, 0.5) if mode == "stability" else calibrate(dense, None, None, method="griffin", sparsity=0.5)
     )
-    dense.cuda()
     size = sum(weight.nbytes for weight in dense.parameters())
-    resident = sparsify(dense, plan)
+    resident = sparsify(open_model(str(tmp_path), device="cuda"), plan)
     mapped = sparsify(open_mapped(str(tmp_path), device="cuda"), plan)
     host = state_of(mapped).host
     held = [weight for weight in mapped.parameters() if host.holds(weight)]
