@@ -13,7 +13,7 @@ from actsparse.runtime import swap
 from actsparse.runtime.decode import Decoder
 from actsparse.runtime.host import HostWeights
 from actsparse.runtime.lowmemory import mapped_weights, open_mapped
-from actsparse.runtime.swap import open_model, state_of
+from actsparse.runtime.swap import load, open_model, state_of
 
 from .cases import N, generated, make, over, session_of, stability
 
@@ -60,6 +60,10 @@ def test_low_memory_needs_a_checkpoint(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ModelError, match="is not a sound safetensors file"):
         open_mapped(str(tmp_path))
+    with pytest.raises(ModelError, match="low memory on cuda needs a plan"):
+        load(str(tmp_path), device="cuda", low_memory=True)
+    with pytest.raises(ModelError, match="device is 'meta'"):
+        open_mapped(str(tmp_path), device="meta")
 
 
 def test_weights_pass_through_two_places_in_any_order():

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--low-memory",
         action="store_true",
-        help="keep feed-forward weights in their file, and in memory only the neurons that the plan chose for the prompt",
+        help="keep feed-forward weights in their file (with a GPU: in the host's memory), and in memory only the neurons that "
+        "the plan chose for the prompt",
     )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 

@@ -157,8 +157,11 @@ def load(
 ) -> Any:
     """Open a model (directory or hub id) and, if a plan is given, sparsify it; returns (model, tokenizer).
 
-    ``low_memory`` (a directory, weights as stored) keeps feed-forward weights in their files: :mod:`.lowmemory`.
+    ``low_memory`` (a directory, weights as stored) keeps feed-forward weights in their files, or, off the CPU and then with a
+    plan only, in the host's memory: :mod:`.lowmemory`.
     """
+    if low_memory and plan is None and device != "cpu":
+        raise ModelError(f"low memory on {device} needs a plan that chooses neurons per prompt, got none")
     model = open_mapped(name, device=device) if low_memory else open_model(name, dtype, device)
     tokenizer = opening.open_tokenizer(name)
     if plan is not None:
