@@ -26,8 +26,8 @@ pytest.importorskip("jinja2")
 @pytest.fixture
 def grid(text_file: Path) -> Grid:
     return Grid(
-        ("cats", "teal", "plain", "gptq", "graded"), (0.3,), str(text_file), weights=(16, 8, 4), bits_read=(4.0,), tokens=512,
-        evaluation_tokens=512, window=64, evaluation_window=32,
+        ("cats", "teal", "plain", "gptq", "gptq-g32", "graded"), (0.3,), str(text_file),
+        weights=(16, 8, 4), bits_read=(4.0,), tokens=512, evaluation_tokens=512, window=64, evaluation_window=32,
     )  # fmt: skip
 
 
@@ -39,11 +39,13 @@ def test_cells_on_packed_weights(tiny: Any, tokenizer: Any, grid: Grid, tmp_path
     cells = {cell["cell"]: cell for cell in results.cells}
     assert list(cells) == [
         "dense", "cats-0.3", "cats@8-0.3", "cats@4-0.3", "teal-0.3", "teal@8-0.3", "teal@4-0.3", "plain-8", "plain-4",
-        "gptq-3", "gptq-4", "gptq-6", "gptq-8", "graded-4",
+        "gptq-3", "gptq-4", "gptq-5", "gptq-6", "gptq-8",
+        "gptq-g32-3", "gptq-g32-4", "gptq-g32-5", "gptq-g32-6", "gptq-g32-8", "graded-4",
     ]  # fmt: skip
     bits = {name: cell["bits_read"] for name, cell in cells.items()}
     assert bits["dense"] == 32  # float32
     assert 3.2 < bits["gptq-3"] < 3.4 < 4 < bits["plain-4"] < 4.4
+    assert bits["gptq-g32-5"] == pytest.approx(5 + 21 / 32)
     assert bits["teal@4-0.3"] == pytest.approx(bits["plain-4"] * bits["teal-0.3"] / 32, rel=0.05)
     assert bits["graded-4"] == pytest.approx(4, abs=0.3)
     assert bits["cats-0.3"] / 32 < bits["cats@8-0.3"] / bits["plain-8"] < 1  # up is read whole
@@ -111,6 +113,7 @@ def test_names_of_variants_and_their_weights() -> None:
     assert weights_of("teal@4", 0.5) == "plain-4"
     assert weights_of("teal", 0.5) == "dense"
     assert weights_of("graded", 2.5) == "graded-2.5"
+    assert weights_of("gptq-g128", 5) == "gptq-g128-5"
     for name in ("teal@5", "svdp@4", "graded@4", "plain@4"):
         with pytest.raises(
             MethodError, match=f"variant {name!r} is unknown: expected one of chess, cats, teal, wina with @4"

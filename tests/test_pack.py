@@ -85,18 +85,20 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     do = engine._Run._do
     seen: list[int] = []
 
-    def stop(run: Any, activity: Any) -> None:
+    def stop(run: Any, activity: Any, theta: float) -> None:
         if seen and activity.layer == 0:
             raise KeyboardInterrupt
         seen.append(activity.layer)
-        do(run, activity)
+        do(run, activity, theta)
 
     monkeypatch.setattr(engine._Run, "_do", stop)
     with pytest.raises(KeyboardInterrupt):
         pack(str(directory), tmp_path / "again", text_settings)
     assert seen == [-1, 1]
     assert not (tmp_path / "again").exists()
-    monkeypatch.setattr(engine._Run, "_do", lambda run, activity: (seen.append(activity.layer), do(run, activity)))
+    monkeypatch.setattr(
+        engine._Run, "_do", lambda run, activity, theta: (seen.append(activity.layer), do(run, activity, theta))
+    )
     pack(str(directory), tmp_path / "again", text_settings)
     assert seen == [-1, 1, 0]
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")

@@ -30,6 +30,15 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int) -> None: ...
 
 
+def within(progress: Progress, before: int, own: int, overall: int) -> Progress:
+    """Progress of a part that is ``own`` of ``overall`` and comes after ``before`` of it."""
+
+    def tell(done: int, total: int) -> None:
+        progress(before * total // own + done, overall * total // own)
+
+    return tell
+
+
 @dataclass
 class Activity:
     """The products of one layer (of the output head, for index :data:`HEAD`), by projection.

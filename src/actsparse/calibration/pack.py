@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from actsparse.calibration.activity import Activity, Progress, activities
+from actsparse.calibration.activity import Activity, Progress, activities, within
 from actsparse.calibration.budget import Budget, Score, search
 from actsparse.calibration.collect import load_calibration_windows
+from actsparse.calibration.forecast import forecast_theta, forecast_tokens, kept_theta
 from actsparse.kernels.planes import STORED
 from actsparse.methods.base import HEAD, MethodError
 from actsparse.methods.feedback import energy_shares, round_with_feedback
@@ -35,7 +37,6 @@ from actsparse.methods.graded import (
     HEAD_WEIGHT,
     LEAST_BITS,
     Reading,
-    alone,
     by_input,
     center_of,
     check_bits,
@@ -64,7 +65,9 @@ DEFAULT_TEXT = Path(__file__).parent / "default.jsonl"
 BLEND = 0.5
 _COPIED = (".json", ".jinja", ".model", ".txt")
 # Raise it when the same inputs give other bytes.
-_RECIPE = 2
+RECIPE = 3
+# Where an unfinished run keeps its forecast.
+_THETA = "theta.json"
 # The name of plans that read every plane: quantisation and nothing else.
 PLAIN = "plain"
 # Measures plans on a packed model beside the dense one: (packed, windows, dense); ``actsparse.measure.evaluate.scorer`` is one.
@@ -168,7 +171,7 @@ def pack_opened(
     index of a layer whose weights are not needed for a while.
     """
     run = _Run(model, windows, settings, target.parent / f".{target.name}.packing")
-    _check_room(target, run.expected_bytes())
+    directory.check_room(target, run.expected_bytes())
     readings = run.layers(release, progress)
     plan = run.plan(readings)
     run.complete(source, tokenizer, plan)
@@ -239,15 +242,29 @@ class _Run:
             done += 1
         if done < len(order):
             start = None if done == 0 else (order[done - 1], self._gradients(order[done - 1]))
-            found = activities(self._model, self._windows.tokens, start=start, done_with=release, progress=progress)
             try:
+                theta, progress = self._forecast(release, progress)
+                found = activities(self._model, self._windows.tokens, start=start, done_with=release, progress=progress)
                 for activity in found:
-                    self._do(activity)
+                    self._do(activity, theta)
             except BaseException:
                 if not self._state(HEAD).is_file():  # nothing that a later run could go on from
                     shutil.rmtree(self._folder)
                 raise
         return {key: reading for index in order for key, reading in self._readings(index)}
+
+    def _forecast(
+        self, release: Callable[[int], None], progress: Progress | None
+    ) -> tuple[float | None, Progress | None]:
+        """About what theta will be, None where every plane is read; and what is told of the progress after that."""
+        bits, tokens = self._settings.bits_read, forecast_tokens(self._windows.tokens)
+        if bits is None:
+            return None, progress
+        whole, part = self._windows.count, tokens.numel()
+        first = progress and within(progress, 0, part, whole + part)
+        known = partial(forecast_theta, self._model, tokens, self._settings.bits_stored, bits)
+        theta = kept_theta(self._folder / _THETA, partial(known, done_with=release, progress=first))
+        return theta, progress and within(progress, part, whole, whole + part)
 
     def plan(self, readings: dict[tuple[int, str], Reading]) -> Plan:
         """The plan that reads the settings' bits."""
@@ -287,7 +304,7 @@ class _Run:
             sparsity=sparsity,
             model=self.identity,
             rules={},
-            settings={"bits_stored": self._settings.bits_stored, "rounding": "feedback", **facts},
+            settings={"bits_stored": self._settings.bits_stored, "rounding": "feedback", "recipe": RECIPE, **facts},
             text=self._windows.describe(),
             scope=scope,
             version=importlib.metadata.version("actsparse"),
@@ -325,13 +342,14 @@ class _Run:
         for index in (HEAD, *range(len(self._layers))):
             self._state(index).unlink()
         (self._folder / "key.json").unlink()
+        (self._folder / _THETA).unlink(missing_ok=True)
         os.replace(self._folder, target)
 
-    def _do(self, activity: Activity) -> None:
+    def _do(self, activity: Activity, theta: float | None) -> None:
         """Round, write and remember one layer; the head's file also takes what is not packed."""
         tensors: dict[str, torch.Tensor] = {}
         state: dict[str, torch.Tensor] = {}
-        stored, bits = self._settings.bits_stored, self._settings.bits_read
+        stored = self._settings.bits_stored
         for names, x in by_input(activity.inputs):
             weights = [self._weight(activity.layer, name) for name in names]
             nearest = [round_nearest(weight, stored) for weight in weights]
@@ -340,20 +358,17 @@ class _Run:
             units = [unit_of(*one) for one in zip(weights, nearest, sensitive, strict=True)]
             # Who skips by magnitude alone, or not at all, multiplies x itself.
             center = (
-                torch.zeros_like(x[0]) if bits is None else center_of(x, list(zip(units, nearest, strict=True)), bits)
+                torch.zeros_like(x[0])
+                if theta is None
+                else center_of(x, list(zip(units, nearest, strict=True)), theta=theta)
             )
             deviation = x - center
             hessian = deviation.T @ deviation / len(deviation)
-            for name, weight, rounded, unit, sensitivity in zip(names, weights, nearest, units, sensitive, strict=True):
-                # How deep columns are read is known only when all layers are: the shares are taken as if this product read on
-                # its own what the whole model reads on average.
-                if bits is None:
-                    shares = torch.zeros(stored // 2 + 1, len(center))
-                    shares[-1] = 1
-                else:
-                    shares = energy_shares(deviation, unit * alone(reading_of(x, unit, rounded, center), bits))
-                    shares = BLEND * shares
-                    shares[-1] += 1 - BLEND
+            for name, weight, unit, sensitivity in zip(names, weights, units, sensitive, strict=True):
+                shares = torch.zeros(stored // 2 + 1, len(center), device=x.device)
+                shares[-1] = 1
+                if theta is not None:
+                    shares = BLEND * energy_shares(deviation, unit * theta) + (1 - BLEND) * shares
                 packed, stood = round_with_feedback(weight, stored, hessian, shares)
                 reading = reading_of(x, unit_of(stood, packed, sensitivity), packed, center)
                 path = self._path(activity.layer, name)
@@ -427,17 +442,7 @@ class _Run:
         """What an unfinished run must share with this one to be continued."""
         settings = self._settings
         parts: Sequence[Any] = [
-            _RECIPE, self.identity.fingerprint, self._windows.digest, settings.bits_stored, settings.bits_read,
+            RECIPE, self.identity.fingerprint, self._windows.digest, settings.bits_stored, settings.bits_read,
             settings.max_ppl_increase, str(self._model.dtype), importlib.metadata.version("actsparse"),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest() + "\n"
-
-
-def _check_room(target: Path, needed: int) -> None:
-    """ModelError unless the directory's disk has room; found out before the minutes of work, not after."""
-    parent = target.parent
-    if not parent.is_dir():
-        raise ModelError(f"cannot write {target}: {parent} is no directory")
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ModelError(f"{target} needs about {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")

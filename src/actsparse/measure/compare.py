@@ -21,7 +21,7 @@ import torch
 from actsparse.calibration.allocation import allocate
 from actsparse.calibration.collect import Calibration, load_calibration_windows
 from actsparse.measure import evaluate
-from actsparse.measure.grid import GPTQ, GRADED, PLAIN, Grid, cell_name, variant_of, weights_of
+from actsparse.measure.grid import OWN_WEIGHTS, Grid, cell_name, variant_of, weights_of
 from actsparse.measure.results import Results, check_folder, read, write
 from actsparse.measure.stored import StoredModels
 from actsparse.methods import Method, make
@@ -31,11 +31,7 @@ from actsparse.models.text import TextError, Windows
 from actsparse.plan import Plan, PlanError
 
 # Raise it when a cell's content changes for the same inputs.
-_PROTOCOL = 3
-
-
-# Variants that are what they read of weights of their own: their plans lie with these.
-_OWN_WEIGHTS = (PLAIN, GPTQ, GRADED)
+_PROTOCOL = 4
 
 
 class Progress(Protocol):
@@ -232,7 +228,7 @@ class _Run:
     def _evaluate(self, variant: str, sparsity: float, dense: torch.Tensor) -> dict[str, Any]:
         name, weights = cell_name(variant, sparsity), weights_of(variant, sparsity)
         stored = self._stored.open(weights)
-        own = variant in _OWN_WEIGHTS
+        own = variant in OWN_WEIGHTS
         plan = stored.plan.with_scope(self._grid.scope) if own and stored.plan else Plan.load(self._plan_path(name))
         result = evaluate.compare_perplexity(
             stored.model,
@@ -339,7 +335,7 @@ class _Run:
         return document is not None and document.get("key") == self._cell_keys[cell] and self._is_solved(cell)
 
     def _is_solved(self, cell: str) -> bool:
-        return cell.rpartition("-")[0] in _OWN_WEIGHTS or self._solved.get(cell) == self._plan_keys[cell]
+        return cell.rpartition("-")[0] in OWN_WEIGHTS or self._solved.get(cell) == self._plan_keys[cell]
 
     def _advance(self, count: int) -> Progress | None:
         """Progress of a part of ``count`` tokens, within the whole."""

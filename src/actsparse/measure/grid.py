@@ -13,6 +13,7 @@ from actsparse.calibration.collect import check_sparsity
 from actsparse.calibration.pack import PLAIN
 from actsparse.kernels.planes import STORED
 from actsparse.methods import METHODS, Method, MethodError, make
+from actsparse.methods.feedback import ROW_GROUP
 from actsparse.methods.graded import check_bits
 from actsparse.models.text import TextError
 from actsparse.plan import SCOPES, PlanError
@@ -21,9 +22,11 @@ from actsparse.plan import SCOPES, PlanError
 DENSE = 16
 GRADED = "graded"
 STORED_BITS = 6
-GPTQ = "gptq"
-# Bits of a code that plain quantisation with row groups is scored at.
-GPTQ_BITS = (3, 4, 6, 8)
+# Plain quantisation with row groups: inputs that share a scale, by variant, and the bits of a code that it is scored at.
+GPTQ = {"gptq": ROW_GROUP, "gptq-g32": 32, "gptq-g128": 128}
+GPTQ_BITS = (3, 4, 5, 6, 8)
+# Variants that are what they read of weights of their own: their plans lie with these.
+OWN_WEIGHTS = (PLAIN, *GPTQ, GRADED)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ VARIANTS = {
     "wina-greedy": Variant("wina", allocation="greedy"),
     # Quantisation and nothing else: every plane of our format, and what GPTQ makes of rows.
     PLAIN: Variant("dense"),
-    GPTQ: Variant("dense"),
+    **dict.fromkeys(GPTQ, Variant("dense")),
 }
 
 
@@ -132,8 +135,9 @@ class Grid:
         for name in dict.fromkeys(self.methods):
             if name == "dense":
                 continue
-            if name in (PLAIN, GPTQ, GRADED):
-                levels = {PLAIN: packed or sorted(STORED, reverse=True), GPTQ: GPTQ_BITS, GRADED: self.bits_read}[name]
+            if name in OWN_WEIGHTS:
+                own = {PLAIN: packed or sorted(STORED, reverse=True), GRADED: self.bits_read}
+                levels = own.get(name, GPTQ_BITS)
                 found += [(name, float(level)) for level in levels]
                 continue
             able = METHODS[variant_of(name).method].packable and "@" not in name
@@ -144,7 +148,7 @@ class Grid:
 
 def weights_of(variant: str, level: float) -> str:
     """What a cell's weights are stored as: ``dense``, ``plain-4``, ``gptq-3``, ``graded-3``."""
-    if variant in (PLAIN, GPTQ, GRADED):
+    if variant in OWN_WEIGHTS:
         return f"{variant}-{level:g}"
     bits = variant_of(variant).weights
     return "dense" if bits == DENSE else f"{PLAIN}-{bits}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actsparse.calibration.activity import Progress
-from actsparse.calibration.pack import Settings, pack_opened
+from actsparse.calibration.pack import RECIPE, Settings, pack_opened
 from actsparse.calibration.rounded import rounded_copy
 from actsparse.measure.grid import GPTQ, GRADED, STORED_BITS
 from actsparse.models.directory import PLAN
@@ -68,9 +68,11 @@ class StoredModels:
 
     def _make(self, name: str, progress: Progress | None) -> Stored:
         kind, _, level = name.rpartition("-")
-        if kind == GPTQ:
-            copy, bits = rounded_copy(self._dense.model, self._windows.tokens, int(level), progress=progress)
-            return Stored(copy, replace(self._dense_plan, method=GPTQ), bits)
+        if kind in GPTQ:
+            copy, bits = rounded_copy(
+                self._dense.model, self._windows.tokens, int(level), group=GPTQ[kind], progress=progress
+            )
+            return Stored(copy, replace(self._dense_plan, method=kind), bits)
         path = self._folder / name
         if not self._is_sound(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -86,5 +88,6 @@ class StoredModels:
             plan = Plan.load(path / PLAN)
         except PlanError:
             return False
-        mine = (self._windows.digest, self._dense_plan.model.fingerprint, self._dense_plan.version)
-        return (plan.text.get("sha256"), plan.model.fingerprint, plan.version) == mine
+        mine = (self._windows.digest, self._dense_plan.model.fingerprint, self._dense_plan.version, RECIPE)
+        found = (plan.text.get("sha256"), plan.model.fingerprint, plan.version, plan.settings.get("recipe"))
+        return found == mine

@@ -53,7 +53,7 @@ def markdown(results: Results) -> str:
         "Bits read are per weight of the decoder layers' matrices, scales included; **bold**: no other row reads less "
         "and costs less."
     ]
-    if any(cell["method"] == GPTQ for cell in results.cells):
+    if any(cell["method"] in GPTQ for cell in results.cells):
         notes.append(
             "`gptq` is scored on weights rounded in rows with error feedback; there is no kernel for them here."
         )

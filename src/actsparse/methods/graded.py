@@ -119,17 +119,21 @@ def reading_of(x: torch.Tensor, unit: torch.Tensor, packed: Packed, center: torc
 
 
 def center_of(
-    x: torch.Tensor, products: Sequence[tuple[torch.Tensor, Packed]], bits: float = DEFAULT_BITS
+    x: torch.Tensor,
+    products: Sequence[tuple[torch.Tensor, Packed]],
+    bits: float = DEFAULT_BITS,
+    theta: float | None = None,
 ) -> torch.Tensor:
     """What products that share the inputs x [T, I] should take off them: the mean of each channel where it is skipped.
 
     The plain mean lies beside the bulk of a channel with a few large values.  Who is skipped depends on the center: found in
-    a few rounds, each product reading ``bits`` on its own.
+    a few rounds, each product reading ``bits`` on its own unless ``theta`` is known.
 
     Args:
         x: the inputs.
         products: thresholds of :func:`unit_of`, and codes, of each.
         bits: about what will be read.
+        theta: about what it will be.
     """
     x = _sample(x, _CENTER_TOKENS)
     center = torch.zeros_like(x[0])
@@ -137,8 +141,8 @@ def center_of(
         # A little mass at zero: a channel that is hardly ever skipped has no mean worth trusting.
         total, count = torch.zeros_like(center), torch.full_like(center, 0.01 * len(x) * len(products))
         for unit, packed in products:
-            theta = alone(reading_of(x, unit, packed, center), bits)
-            skipped = (x - center).abs() < unit[0] * theta
+            reached = alone(reading_of(x, unit, packed, center), bits) if theta is None else theta
+            skipped = (x - center).abs() < unit[0] * reached
             total += torch.where(skipped, x, 0.0).sum(0)
             count += skipped.sum(0)
         center = total / count

@@ -7,6 +7,7 @@ it and a ``quantization_config`` in its ``config.json`` whose ``quant_method`` i
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,13 @@ def _indexed(directory: Path) -> set[str]:
         return set(map(str, json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{path} is damaged, expected the names of files by tensor") from None
+
+
+def check_room(target: Path, needed: int) -> None:
+    """ModelError unless the directory's disk has room; found out before the minutes of work, not after."""
+    parent = target.parent
+    if not parent.is_dir():
+        raise ModelError(f"cannot write {target}: {parent} is no directory")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ModelError(f"{target} needs about {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")
