@@ -232,10 +232,7 @@ AS_DEVICE void prefetch(const void*, uint32_t bytes) {
     emulate::launch<const P>(name##_kernel, static_cast<const P*>(p), x, y, threads, shared);                 \
   }
 LAUNCHER(rows, Rows)
-LAUNCHER(columns32, Columns)
-LAUNCHER(columns64, Columns)
-LAUNCHER(columns128, Columns)
-LAUNCHER(columns256, Columns)
+LAUNCHER(columns, Columns)
 LAUNCHER(finish, Finish)
 LAUNCHER(attention, Attention)
 LAUNCHER(embedding, Embedding)

@@ -9,16 +9,15 @@ Shape letters: H hidden, N neurons, R rank, B rows of x; "..." any leading dimen
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import cpu, cuda
-from .cuda.launches import Builder, Machine, Matrix, input_of
+from .cuda.launches import Builder, Kept, Machine, Matrix, input_of
 from .cuda.products import Run, machine_of
-from .cuda.structures import Candidates, Parts
+from .cuda.structures import Parts
 from .reference import ACTIVATIONS, keep
 from .rules import Rules
 
@@ -127,25 +126,21 @@ def on_cuda(
         run(build.launches, x.device, x.dtype, count)
         allowed = ~(scores <= 0)
         build = Builder(machine, x.device, count)
-        build.rows_product(source, [Matrix(gate, rules.gate_bias)], out=g, **_listed(allowed))
+        build.rows_product(source, [Matrix(gate, rules.gate_bias)], out=g, chosen=_chosen(allowed))
     run(build.launches, x.device, x.dtype, count)
     kept = _kept(g, rules, allowed)
     assert kept is not None
     build = Builder(machine, x.device, count)
-    build.rows_product(source, [Matrix(up, rules.up_bias)], rounded=u, **_listed(kept))
+    build.rows_product(source, [Matrix(up, rules.up_bias)], rounded=u, chosen=_chosen(kept))
     run(build.launches, x.device, x.dtype, count)
     # A row's neurons that another row keeps were computed too.
     return torch.cat([g.to(x.dtype), torch.where(kept, u, 0.0)], -1).reshape(*x.shape[:-1], 2 * neurons)
 
 
-def _listed(kept: Tensor) -> dict[str, Any]:
-    """The neurons that some row of kept [B, N] has, as a list in one segment; its length stays on the device."""
-    some, neurons = kept.any(0), kept.shape[1]
-    index = torch.argsort(some.logical_not().int(), stable=True).int()
-    counts, mask = some.sum(dtype=torch.int32).reshape(1), torch.full_like(index, (1 << len(kept)) - 1)
-    value = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device)
-    candidates = Candidates(value.data_ptr(), index.data_ptr(), mask.data_ptr(), counts.data_ptr(), neurons, 1, neurons)
-    return {"candidates": candidates, "units": neurons, "keep": (value, index, mask, counts)}
+def _chosen(kept: Tensor) -> Kept:
+    """The neurons that some row of kept [B, N] has, in one segment; how many stays on the device."""
+    count = kept.any(0).sum(dtype=torch.int32).reshape(1)
+    return Kept(Parts(kept.float().contiguous(), 1, kept.shape[1]), torch.zeros_like(count), count, 1)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

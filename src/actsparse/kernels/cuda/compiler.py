@@ -30,7 +30,7 @@ SOURCES = (
     "planes.cuh",
     "rounding.cuh",
 )
-KERNELS = ("rows", "columns32", "columns64", "columns128", "columns256", "finish", "attention", "embedding", "depths",
+KERNELS = ("rows", "columns", "finish", "attention", "embedding", "depths",
            "planes", "join", "unpack", "rounding")  # fmt: skip
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 OLDEST = 80  # compute capability: bfloat16 arithmetic

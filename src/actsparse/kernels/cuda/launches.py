@@ -18,14 +18,14 @@ from .structures import (
     PAIRED,
     RAW,
     TIMES_SOURCE,
-    Candidates,
+    Chosen,
     Columns,
     Finish,
     Input,
     Job,
     Launch,
-    List,
     Parts,
+    Passing,
     Rows,
     pointer,
     vector,
@@ -37,6 +37,9 @@ THREADS = 512
 # Weights of a product whose parts are worth the launch that adds them up and rounds them: four microseconds on an H100.
 _WORTH_SPLITTING = 32 << 20
 _PART = 2048  # inputs of a row that one warp takes at a time
+_WARPS = THREADS // 32
+_SCRATCH = 4 * _WARPS  # floats of a block
+_MOST_SLICE = 16 * 4 * THREADS  # inputs whose bits a block's threads remember
 
 
 @dataclass(frozen=True)
@@ -97,20 +100,21 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Kept:
-    """Those of ``size`` neurons that passed, with their values: a list in segments."""
+    """What passed of a product's results, zeros for the others [B, size]; how many each of ``segments`` has, from where on.
+
+    ``column`` names the neuron of each, where not all have a place.
+    """
 
     parts: Parts
-    size: int
-    index: Tensor
-    mask: Tensor
-    counts: Tensor
+    start: Tensor
+    count: Tensor
     segments: int
-    capacity: int
+    column: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Passing:
-    """What of a product's results passes into a list; thresholds and means are by neuron."""
+class Rule:
+    """What of a product's results passes; thresholds and means are by neuron."""
 
     threshold: Tensor | None = None
     mean: Tensor | None = None
@@ -142,6 +146,16 @@ def input_of(
         size,
         norm[1] if norm else 0.0,
     )
+
+
+def _chosen(chosen: Kept | Tensor | None) -> Chosen:
+    """The structure for chosen rows."""
+    if isinstance(chosen, Kept):
+        return Chosen(
+            pointer(chosen.parts.values), pointer(chosen.start), pointer(chosen.count), pointer(chosen.column),
+            chosen.parts.size, chosen.segments,
+        )  # fmt: skip
+    return Chosen(index=pointer(chosen), size=len(chosen)) if chosen is not None else Chosen()
 
 
 def _padded(size: int) -> int:
@@ -182,27 +196,27 @@ class Builder:
         mode: int = RAW,
         activation: str = "identity",
         second_activation: str = "identity",
-        candidates: Candidates | None = None,
-        units: int = 0,
-        passing: Passing | None = None,
+        chosen: Kept | Tensor | None = None,
+        rule: Rule | None = None,
         rounded: Tensor | None = None,
         out: Tensor | None = None,
         prefetch: bool = False,
         beside: bool = False,
         keep: tuple[Any, ...] = (),
     ) -> list[Parts] | Kept:
-        """Every matrix by rows; with ``candidates``, at most ``units``, only those rows.
+        """Every matrix by rows; with ``chosen``, only the rows that passed another product, or an int32 list of them.
 
-        The results of what is ``passing`` come as a list; those of all rows as vectors, or as ``rounded`` or ``out``.
-        ``prefetch`` brings all weights into L2 while the kernel before runs: a short one that reads little.  ``beside`` runs
-        at the same time as the launch before, a product of the same x on whose results nothing here depends.
+        What passes a ``rule`` comes with zeros for the others, of a list in its order; the results of all rows come as
+        vectors, or as ``rounded`` or ``out``.  ``prefetch`` brings all weights into L2 while the kernel before runs: a short
+        one that reads little.  ``beside`` runs at the same time as the launch before, a product of the same x on whose
+        results nothing here depends.
         """
         rows, size, compiled = self.rows, x.size, self.compiled
         paired = mode == PAIRED
         jobs, results, begin = (Job * 3)(), [], 0
         for at, matrix in enumerate(matrices):
             y = out if out is not None else None
-            if y is None and rounded is None and passing is None and not (paired and at):
+            if y is None and rounded is None and rule is None and not (paired and at):
                 y = self.scratch(rows * matrix.out)
             if y is not None:
                 results.append(Parts(y, 1, matrix.out))
@@ -219,64 +233,64 @@ class Builder:
                 begin,
             )
             begin += 0 if paired else matrix.out
-        units = units if candidates is not None else matrices[0].out if paired else begin
-        blocks = self._blocks
-        most = -(-units // blocks) + 4 & ~3
+        column = chosen.column if isinstance(chosen, Kept) else chosen
+        units = len(column) if column is not None else matrices[0].out if paired else begin
+        most = -(-units // self._blocks) + 4 & ~3
         per_unit = (size + _PART - 1) // _PART * (2 if paired else 1)
         shared = self.machine.ring_bytes + 4 * (
-            compiled * _padded(size) + 32 + most * (per_unit * compiled + compiled + 2) + self._found(candidates)
+            compiled * _padded(size) + _SCRATCH + most * (per_unit * compiled + compiled + 2)
         )
-        p = Rows(x, candidates or Candidates(), jobs)
+        p = Rows(x, _chosen(chosen), jobs)
         kept = None
-        if passing is not None:
-            kept, p.list, alive = self._list(passing, units, blocks, most)
+        if rule is not None:
+            kept, p.passing, alive = self._passing(rule, units, column)
             keep = (*keep, kept, alive)
         p.jobs, p.units, p.mode, p.rows = len(matrices), units, mode, rows
         p.activation, p.second_activation = ACTIVATIONS[activation], ACTIVATIONS[second_activation]
         p.prefetch_rows, p.beside = (THREADS if prefetch else 0), beside
-        self.launch("rows", THREADS, shared, p, (keep, rounded, candidates))
+        self.launch("rows", THREADS, shared, p, (keep, rounded, chosen))
         return kept if kept is not None else results
 
     def columns_product(
         self,
-        x: Input | None,
+        x: Input,
         matrices: Sequence[tuple[Matrix, Tensor | None]],
         *,
-        candidates: Candidates | None = None,
-        units: int = 0,
+        column: Tensor | None = None,
         activation: str = "identity",
         second_activation: str = "identity",
-        passing: Passing | None = None,
+        rule: Rule | None = None,
         tile: int = 0,
         splits: int = 0,
         rounded: Tensor | None = None,
         keep: tuple[Any, ...] = (),
     ) -> list[Parts] | Kept:
-        """Every matrix, given with its threshold [I], by columns: of x, or of the candidates, at most ``units``.
+        """Every matrix, given with its threshold [I], by columns of x; without a threshold, those where x is not zero.
 
-        ``rounded`` [B, O] takes the result of a single matrix in 16 bits; else it comes in parts.  Activated, the first's
-        times the second's, what is ``passing`` comes as a list.
+        ``column`` names the column of each input.  ``rounded`` [B, O] takes the result of a single matrix in 16 bits; else it
+        comes in parts.  Activated, the first's times the second's, what passes a ``rule`` comes with zeros for the others.
         """
-        size = x.size if x is not None else units
+        size, compiled = x.size, self.compiled
         outs = [matrix.out for matrix, _ in matrices]
-        if passing is not None:
+        sides = len(matrices) if rule is not None else 1
+        if rule is not None:
             outs, splits = outs[:1], 1
         elif rounded is not None and not splits and size * sum(outs) < _WORTH_SPLITTING:
             splits = 1
         tile, splits = self._cut(outs, tile, splits)
         while True:
-            entries = -(-size // splits) + 4 & ~3
-            list_floats = max(entries * (self.compiled + 1), THREADS // 32 * self.compiled * tile)
-            list_floats += 2 * self.compiled * tile if passing is not None else 0
-            values = self.compiled * _padded(size) if x is not None else self._found(candidates)
-            shared = self.machine.ring_bytes + 4 * (32 + list_floats + values)
-            if shared <= self.machine.shared_bytes or (tile == 32 and (splits >= 64 or passing is not None)):
+            slice_size = 32 * -(-size // 32 // splits) if size % 32 == 0 else 32 * -(-(size // 32 + 1) // splits)
+            floats = _SCRATCH + slice_size * compiled + sides * _WARPS * compiled * tile
+            floats += slice_size if column is not None else 0
+            shared = self.machine.ring_bytes + 4 * floats + (2 if compiled == 1 else 4) * sides * slice_size
+            fits = shared <= self.machine.shared_bytes and slice_size <= _MOST_SLICE
+            if fits or (tile == 32 and (splits >= 64 or rule is not None)):
                 break
-            tile, splits = (tile // 2, splits) if tile > 32 and (splits >= 4 or passing) else (tile, splits * 2)
+            tile, splits = (tile // 2, splits) if tile > 32 and (splits >= 8 or rule) else (tile, splits * 2)
         jobs, results, begin = (Job * 3)(), [], 0
         direct = rounded is not None and splits == 1
         for at, (matrix, threshold) in enumerate(matrices):
-            y = None if direct or passing is not None else self.scratch(splits * self.rows * matrix.out)
+            y = None if direct or rule is not None else self.scratch(splits * self.rows * matrix.out)
             bias, least = vector(matrix.bias, self.device), vector(threshold, self.device)
             keep = (*keep, matrix.weight, bias, least, y)
             if y is not None:
@@ -285,41 +299,40 @@ class Builder:
                 pointer(matrix.weight), pointer(bias), pointer(least), pointer(y), pointer(rounded) if direct else None,
                 matrix.stride, matrix.out, begin,
             )  # fmt: skip
-            begin += -(-matrix.out // tile) if passing is None or at == 0 else 0
-        p = Columns(x or Input(), candidates or Candidates(), jobs)
-        p.jobs, p.splits, p.rows, p.slice, p.tiles = len(matrices), splits, self.rows, entries, begin
+            begin += -(-matrix.out // tile) if rule is None or at == 0 else 0
+        p = Columns(x, jobs)
+        p.column = pointer(column)
+        p.jobs, p.splits, p.rows, p.bits, p.tiles = (
+            len(matrices),
+            splits,
+            self.rows,
+            (tile // 8).bit_length() - 1,
+            begin,
+        )
+        p.slice, p.staged = slice_size, 4 * (sides * slice_size + 2 * size) <= self.machine.ring_bytes
         p.activation, p.second_activation = ACTIVATIONS[activation], ACTIVATIONS[second_activation]
         kept = None
-        if passing is not None:
-            kept, p.list, alive = self._list(passing, outs[0], begin, tile)
+        if rule is not None:
+            kept, p.passing, alive = self._passing(rule, outs[0], None)
+            p.passing.start = p.passing.count = None  # by columns nobody needs to know how many
             keep = (*keep, kept, alive)
-        self.launch(f"columns{tile}", THREADS, shared, p, (keep, rounded, candidates), begin * splits)
+        self.launch("columns", THREADS, shared, p, (keep, rounded, column), begin * splits)
         if rounded is not None and not direct:
             total = self.rows * matrices[0][0].out
             f = Finish(results[0].values.data_ptr(), rounded.data_ptr(), total, splits)
             self.launch("finish", 256, 0, f, (results, rounded))
         return kept if kept is not None else results
 
-    def _list(self, passing: Passing, units: int, segments: int, capacity: int) -> tuple[Kept, List, tuple[Any, ...]]:
-        """Room for a list of at most ``units``, its structure, and what must stay alive with that."""
-        size = segments * capacity
-        index, mask, counts = (self.scratch(n, torch.int32) for n in (size, size, segments))
+    def _passing(self, rule: Rule, units: int, column: Tensor | None) -> tuple[Kept, Passing, tuple[Any, ...]]:
+        """Room for what passes of so many, its structure, and what must stay alive with that."""
+        size, blocks = units + 3 & ~3, self._blocks
         value = self.scratch(self.rows * size)
-        least, mean = vector(passing.threshold, self.device), vector(passing.mean, self.device)
-        structure = List(
-            pointer(index), pointer(mask), pointer(value), pointer(counts), pointer(least), pointer(mean), size, capacity,
-            passing.positive,
-        )  # fmt: skip
-        return Kept(Parts(value, 1, size), units, index, mask, counts, segments, capacity), structure, (least, mean)
-
-    def _named(self, kept: list[Parts] | Kept) -> dict[str, Any]:
-        """The options of a product over what passed another."""
-        assert isinstance(kept, Kept)
-        candidates = Candidates(
-            pointer(kept.parts.values), pointer(kept.index), pointer(kept.mask), pointer(kept.counts), kept.parts.size,
-            kept.segments, kept.capacity,
-        )  # fmt: skip
-        return {"candidates": candidates, "units": kept.size, "keep": (kept,)}
+        start, count = (self.scratch(blocks, torch.int32) for _ in range(2))
+        least, mean = vector(rule.threshold, self.device), vector(rule.mean, self.device)
+        structure = Passing(
+            pointer(value), pointer(start), pointer(count), pointer(least), pointer(mean), size, rule.positive
+        )
+        return Kept(Parts(value, 1, size), start, count, blocks, column), structure, (least, mean)
 
     def ffn(
         self, x: Input, gate: Matrix | None, up: Matrix, down: Matrix, rules: Rules, rounded: Tensor | None
@@ -328,57 +341,55 @@ class Builder:
         threshold = rules.value_threshold
         if gate is None and rules.gate_threshold is not None:
             threshold = rules.gate_threshold
-        passing = Passing(threshold, rules.mean) if down.columns else None
+        rule = Rule(threshold, rules.mean) if down.columns else None
         if up.columns:
             inputs = [(up, rules.up_in_threshold)]
             if gate is not None:
                 inputs.insert(0, (gate, rules.gate_in_threshold))
             kept = self.columns_product(
-                x, inputs, activation=rules.activation, second_activation=rules.up_activation, passing=passing
+                x, inputs, activation=rules.activation, second_activation=rules.up_activation, rule=rule
             )
         else:
-            kept = self._rows_neurons(x, gate, up, rules, passing)
+            kept = self._rows_neurons(x, gate, up, rules, rule)
         if isinstance(kept, Kept):
-            y = self.columns_product(None, [(down, None)], rounded=rounded, **self._named(kept))
+            x = input_of(kept.parts, kept.parts.size)
+            y = self.columns_product(x, [(down, None)], column=kept.column, rounded=rounded, keep=(kept,))
         else:
             y = self.rows_product(input_of(kept[0], up.out), [down], rounded=rounded, keep=(kept,))
         assert isinstance(y, list)
         return y[0] if rounded is None else None
 
     def _rows_neurons(
-        self, x: Input, gate: Matrix | None, up: Matrix, rules: Rules, passing: Passing | None
+        self, x: Input, gate: Matrix | None, up: Matrix, rules: Rules, rule: Rule | None
     ) -> list[Parts] | Kept:
-        """Neurons of gate and up by rows: a list of what is ``passing``, or all."""
-        options: dict[str, Any] = {}
+        """Neurons of gate and up by rows: what passes the ``rule``, or all."""
+        chosen: Kept | Tensor | None = None
         if rules.predictor_a is not None and rules.predictor_b is not None:
             inner = self.rows_product(x, [Matrix(rules.predictor_a)])
             assert isinstance(inner, list)
             scores = self.rows_product(
                 input_of(inner[0], inner[0].size), [Matrix(rules.predictor_b, rules.predictor_bias)],
-                passing=Passing(positive=True), keep=(inner,),
+                rule=Rule(positive=True), keep=(inner,),
             )  # fmt: skip
-            options = self._named(scores)
+            assert isinstance(scores, Kept)
+            chosen = scores
         elif rules.neurons is not None:
-            neurons = rules.neurons.to(self.device, torch.int32).contiguous()
-            candidates = Candidates(index=pointer(neurons), size=len(neurons))
-            options = {"candidates": candidates, "units": len(neurons), "keep": (neurons,)}
+            chosen = rules.neurons.to(self.device, torch.int32)
+            # Whole groups of four are read; the last ones' values are zeros.
+            chosen = torch.nn.functional.pad(chosen, (0, -len(chosen) % 4))[: len(chosen)]
         if gate is None:
-            return self.rows_product(x, [up], mode=ACTIVATED, activation=rules.activation, passing=passing, **options)
+            return self.rows_product(x, [up], mode=ACTIVATED, activation=rules.activation, rule=rule, chosen=chosen)
         if rules.gate_threshold is None:
             return self.rows_product(
                 x, [gate, up], mode=PAIRED, activation=rules.activation, second_activation=rules.up_activation,
-                passing=passing, **options,
+                rule=rule, chosen=chosen,
             )  # fmt: skip
         open_gates = self.rows_product(
-            x, [gate], mode=ACTIVATED, activation=rules.activation, passing=Passing(rules.gate_threshold), **options
+            x, [gate], mode=ACTIVATED, activation=rules.activation, rule=Rule(rules.gate_threshold), chosen=chosen
         )
+        assert isinstance(open_gates, Kept)
         return self.rows_product(
-            x,
-            [up],
-            mode=TIMES_SOURCE,
-            second_activation=rules.up_activation,
-            passing=passing,
-            **self._named(open_gates),
+            x, [up], mode=TIMES_SOURCE, second_activation=rules.up_activation, rule=rule, chosen=open_gates
         )
 
     @property
@@ -408,7 +419,3 @@ class Builder:
         cuts = [(width, splits or max(1, min(8, self.machine.processors // tiles(width)))) for width in widths]
         fitting = [cut for cut in cuts if tiles(cut[0]) * cut[1] <= self.machine.processors]
         return max(fitting, key=lambda cut: tiles(cut[0]) * cut[1]) if fitting else cuts[-1]
-
-    def _found(self, candidates: Candidates | None) -> int:
-        """Floats of shared memory for where a list's segments begin."""
-        return candidates.segments + 4 & ~3 if candidates is not None else 0

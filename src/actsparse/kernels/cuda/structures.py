@@ -31,21 +31,21 @@ class Input(Structure):
     ]
 
 
-class Candidates(Structure):
-    """Whose neurons are kept: a list that a product left, or indices alone."""
+class Chosen(Structure):
+    """Rows to take: those with a value in what a product left, or by number."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("value", "index", "mask", "counts")),
-        *((name, c_int32) for name in ("size", "segments", "capacity")),
+        *((name, c_void_p) for name in ("value", "start", "count", "index")),
+        *((name, c_int32) for name in ("size", "segments")),
     ]
 
 
-class List(Structure):
-    """What a product leaves of its results: those that pass, a segment for each block."""
+class Passing(Structure):
+    """Results that pass, with zeros for the others; and how many each block has, from where on."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("index", "mask", "value", "counts", "threshold", "mean")),
-        *((name, c_int32) for name in ("size", "capacity", "positive")),
+        *((name, c_void_p) for name in ("value", "start", "count", "threshold", "mean")),
+        *((name, c_int32) for name in ("size", "positive")),
     ]
 
 
@@ -69,9 +69,9 @@ class Rows(Structure):
 
     _fields_ = [
         ("input", Input),
-        ("candidates", Candidates),
+        ("chosen", Chosen),
         ("job", Job * 3),
-        ("list", List),
+        ("passing", Passing),
         ("jobs", c_int32),
         ("units", c_int32),
         ("mode", c_int32),
@@ -88,11 +88,11 @@ class Columns(Structure):
 
     _fields_ = [
         ("input", Input),
-        ("candidates", Candidates),
         ("job", Job * 3),
-        ("list", List),
+        ("passing", Passing),
+        ("column", c_void_p),
         *((name, c_int32) for name in (
-            "jobs", "splits", "rows", "slice", "tiles", "activation", "second_activation",
+            "jobs", "splits", "rows", "bits", "tiles", "slice", "staged", "activation", "second_activation",
         )),
     ]  # fmt: skip
 

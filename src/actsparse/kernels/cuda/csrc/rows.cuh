@@ -1,4 +1,4 @@
-// The product by rows.  Letters: B rows of x, I inputs, O outputs.  Sums have a fixed order: no atomics.
+// The product by rows.  Letters: B rows of x, I inputs, N neurons, O outputs.  Sums have a fixed order: no atomics.
 enum Mode { RAW = 0, ACTIVATED = 1, PAIRED = 2, TIMES_SOURCE = 3 };
 
 struct Job {                // one matrix
@@ -13,9 +13,9 @@ struct Job {                // one matrix
 
 struct Rows {
   Input input;
-  Candidates candidates;
+  Chosen chosen;
   Job job[3];
-  List list;                // results instead of y
+  Passing passing;          // results instead of y
   int jobs, units, mode, activation, second_activation, rows, prefetch_rows, beside;
 };
 
@@ -68,25 +68,34 @@ struct Ahead {
   }
 };
 
-// y = W x by rows: all of them, or those that are candidates.  PAIRED: jobs 0 and 1 side by side, one unit each.
+// x lies in shared memory with the two halves of each group of eight apart: neighbouring lanes then meet different banks.
+AS_DEVICE int half_of(int size) { return ((size / 2 + 31) & ~31) + 16; }
+
+// y = W x by rows: all of them, or those chosen.  PAIRED: jobs 0 and 1 side by side, one unit each.
 AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
   AS_SHARED;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, blocks = gridDim.x;
-  const bool listed = p.candidates.size > 0, paired = p.mode == PAIRED;
+  const bool some = p.chosen.size > 0, valued = p.chosen.value, paired = p.mode == PAIRED;
   const int size = p.input.size, parts = (size + PART - 1) / PART, per_unit = paired ? 2 * parts : parts;
   const int half = half_of(size), most = ((p.units + blocks - 1) / blocks + 4) & ~3;
   u16* const ring = reinterpret_cast<u16*>(shared);
   float* const x = shared + warps * RING * 128;
-  float* const scratch = x + B * stored_size(size);
-  float* const results = scratch + 32;
+  float* const scratch = x + B * 2 * half;
+  float* const results = scratch + 4 * MOST_WARPS;
   float* const source = results + (i64)most * per_unit * B;
   int* const chosen = reinterpret_cast<int*>(source + most * B);
-  int* const masks = chosen + most;
+  int* const place = chosen + most;
   const int first = share_of(p.units, blockIdx.x, blocks);
-  Items items{p, listed ? chosen : nullptr, first, share_of(p.units, blockIdx.x + 1, blocks) - first, parts, per_unit};
+  Items items{p, some ? chosen : nullptr, first, share_of(p.units, blockIdx.x + 1, blocks) - first, parts, per_unit};
   Ahead ahead{ring + warp * RING * 256 + 8 * lane, nullptr, warp, 0, 0};
+  int start = first;
+  if (some && !valued) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < items.count; i += blockDim.x) chosen[i] = p.chosen.index[first + i];
+    __syncthreads();
+  }
   // Weights depend on nothing: the first ones come in while the kernel before is still running.
-  if (!listed) {
+  if (!valued) {
 #pragma unroll 1
     for (int s = 0; s < RING; ++s) ahead.next(items, size);
     const int unit = first + warps / per_unit + (int)threadIdx.x;  // after those in the ring
@@ -95,17 +104,21 @@ AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
       prefetch(job.w + (i64)(unit - job.begin) * job.stride, (u32)size * 2);
     }
   }
-  const Early early = load_early(p.input);
   if (p.beside) let_next_start();
   else wait_for_previous();
-  if (listed) {
-    const Range range = named(p.candidates, p.rows, blockIdx.x, blocks, reinterpret_cast<int*>(scratch), chosen, masks, source,
-                              reinterpret_cast<float*>(masks + most));
-    items.count = range.count;
+  if (valued) {
+    const Share share = share_of_chosen(p.chosen, p.rows, reinterpret_cast<int*>(scratch), chosen, place, source,
+                                        p.passing.value);
+    items.count = share.count;
+    start = share.start;
 #pragma unroll 1
     for (int s = 0; s < RING; ++s) ahead.next(items, size);
   }
-  load_input(p.input, p.rows, early, x, scratch);
+  const float factor = load_quads(
+      p.input, p.rows, p.input.residual, p.input.norm, size / 4, scratch, [](int q) { return 4 * q; },
+      [&](int b, int q, int, float4 v) {
+        *reinterpret_cast<float4*>(x + b * 2 * half + ((q >> 1) << 2) + (q & 1 ? half : 0)) = v;
+      });
   int slot = 0;
 #pragma unroll 1
   for (int item = warp; item < items.count * per_unit; item += warps) {
@@ -132,34 +145,28 @@ AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
       slot = (slot + 1) % RING;
     }
     for (int b = 0; b < B; ++b) {
-      const float whole = warp_sum(sum[b]);
+      const float whole = factor * warp_sum(sum[b]);
       if (lane == 0) results[item * B + b] = whole;
     }
   }
   __syncthreads();
   if (p.beside) wait_beside();
-  // One unit a thread; where results form a list, those of a block that pass go to its segment, in their order.
+  // One unit a thread.
   int passed = 0;
 #pragma unroll 1
-  for (int start = 0; start < items.count; start += blockDim.x) {
-    const int unit = start + threadIdx.x;
-    const bool inside = unit < items.count;
-    const int number = !inside ? 0 : listed ? chosen[unit] : first + unit;
+  for (int unit = threadIdx.x; unit < items.count; unit += blockDim.x) {
+    const int number = some ? chosen[unit] : first + unit;
     const Job& job = paired ? p.job[0] : job_of(p.job, p.jobs, number);
     const int row = number - (paired ? 0 : job.begin);
-    float value[B];
-    int mask = 0;
-    for (int b = 0; b < B; ++b) {
-      value[b] = 0.0f;
-      if (!inside || b >= p.rows) continue;
-      float r = 0.0f, second = 0.0f;
+    bool any = false;
 #pragma unroll 1
-      for (int part = 0; part < parts; ++part) r += results[(unit * per_unit + part) * B + b];
-      if (job.bias) r += job.bias[row];
-      if (paired) {
+    for (int b = 0; b < p.rows; ++b) {
+      float r = job.bias ? job.bias[row] : 0.0f, second = paired && p.job[1].bias ? p.job[1].bias[row] : 0.0f;
+      const float* const of = results + unit * per_unit * B + b;
 #pragma unroll 1
-        for (int part = 0; part < parts; ++part) second += results[(unit * per_unit + parts + part) * B + b];
-        if (p.job[1].bias) second += p.job[1].bias[row];
+      for (int part = 0; part < parts; ++part) {
+        r += of[part * B];
+        if (paired) second += of[(parts + part) * B];
       }
       if (p.mode == TIMES_SOURCE) {
         r = source[unit * B + b] * activate(p.second_activation, r);
@@ -167,19 +174,30 @@ AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
         r = activate(p.activation, r);
         if (paired) r *= activate(p.second_activation, second);
       }
-      if (p.list.value) {
-        if (p.list.keeps(r, number) && (!listed || masks[unit] >> b & 1)) {
-          mask |= 1 << b;
-          value[b] = r - (p.list.mean ? p.list.mean[number] : 0.0f);
-        }
+      if (p.passing.value) {
+        r = valued && source[unit * B + b] == 0.0f ? 0.0f : p.passing.sieve(r, number);
+        p.passing.value[(i64)b * p.passing.size + (valued ? place[unit] : first + unit)] = r;
+        any = any || r != 0.0f;
       } else if (job.rounded) {
         job.rounded[(i64)b * job.out + row] = narrow(r);
       } else {
         job.y[(i64)b * job.out + row] = r;
       }
     }
-    if (p.list.value) passed = p.list.append(passed, number, mask, value, p.rows, reinterpret_cast<int*>(scratch));
+    passed += any;
   }
-  if (p.list.value && threadIdx.x == 0) p.list.counts[blockIdx.x] = passed;
+  if (p.passing.value && blockIdx.x == gridDim.x - 1)  // up to whole groups of four
+    for (int at = p.units + threadIdx.x; at < p.passing.size; at += blockDim.x)
+      for (int b = 0; b < p.rows; ++b) p.passing.value[(i64)b * p.passing.size + at] = 0.0f;
+  if (p.passing.count) {
+    const int counted = scan_warp(passed);
+    int* const counts = reinterpret_cast<int*>(scratch);
+    if (lane == 31) counts[warp] = counted;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      p.passing.start[blockIdx.x] = start;
+      p.passing.count[blockIdx.x] = sum_before(counts).total;
+    }
+  }
   if (!items.count) linger();
 }

@@ -1,302 +1,272 @@
 // What a product's block does before it multiplies: x, and who is kept.  Letters: B rows of x (AS_ROWS), I inputs, N neurons,
 // S splits.
 //
-// Every block reads its inputs anew (residual, norm, thresholds) and compacts the kept of x for itself; neurons come as lists
-// from the product before, one segment a block.  The kept entries are cut evenly, by position.
+// A block has a slice of the inputs, every S-th group of 32, and compacts what is kept of that for itself; shares of a few
+// hundred differ by some per cent.  Neurons come from the product before as a vector with zeros for what was dropped; rows, of
+// which a block takes few, are shared out evenly, by the counts that the blocks of that product left.
+//
+// Every instruction here is waited for, cold: a block runs it once, and its instructions come from L2.  Few of them is fast.
 constexpr int B = AS_ROWS;
-constexpr int SOURCES = B <= 2 ? 4 : 2; // candidates per thread looked at together
-constexpr int BLOCKS = B <= 2 ? 2 : 1;   // resident on a multiprocessor: room for the next kernel to start early
+constexpr int BLOCKS = B <= 2 ? 2 : 1;  // resident on a multiprocessor: room for the next kernel to start early
 
 struct Input {              // the vector x
   const u16* x;             // [B, I], or
   const float* parts;       // [S, B, I], summed
   const float* residual;    // [I] added, B = 1; not of the kernel before
   float* residual_out;      // [I] receives the sum
-  const float* norm;        // RMSNorm weight [I]
+  const float* norm;        // RMSNorm weight [I], B = 1
   int splits, size;
   float eps;
 };
 
-struct Candidates {         // who is kept
-  const float* value;       // of a list [B, size]
-  const int* index;         // [size] neurons
-  const int* mask;          // of a list [size] bit b: row b keeps it
-  const int* counts;        // [segments] entries of a list in each segment; null: no list, every index
-  int size, segments, capacity;
+struct Chosen {             // rows to take
+  const float* value;       // [B, size] only those with a value; null: all
+  const int* start;         // [segments] where the share of each block of the product before begins
+  const int* count;         // [segments] values there
+  const int* index;         // [size] the row of each; null: its number
+  int size, segments;
 };
 
-struct List {               // what a product leaves of its results: a segment of `capacity` for each block
-  int* index;
-  int* mask;
-  float* value;             // [B, size]; null: no list
-  int* counts;
+struct Passing {            // results that pass: a vector with zeros for the others
+  float* value;             // [B, size]; null: y instead
+  int* start;               // [blocks]
+  int* count;               // [blocks]
   const float* threshold;   // [N]
   const float* mean;        // [N], subtracted from what passes
-  int size, capacity, positive;
+  int size, positive;
 
   AS_MEMBER bool keeps(float v, int neuron) const {
     return positive ? !(v <= 0.0f) : !(absolute(v) < (threshold ? threshold[neuron] : 0.0f));
   }
-
-  // By all threads of a block: those with a mask come after the `passed` before them.
-  AS_MEMBER int append(int passed, int neuron, int mask_bits, const float* v, int rows, int* counts_of_warps) const {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    const u32 kept = __ballot_sync(0xffffffffu, mask_bits != 0);
-    if (lane == 0) counts_of_warps[warp] = __popc(kept);
-    __syncthreads();
-    int at = passed + __popc(kept & ((1u << lane) - 1u));
-    for (int w = 0; w < warps; ++w) {
-      if (w < warp) at += counts_of_warps[w];
-      passed += counts_of_warps[w];
-    }
-    __syncthreads();
-    if (mask_bits) {
-      at += blockIdx.x * capacity;
-      index[at] = neuron;
-      mask[at] = mask_bits;
-      for (int b = 0; b < rows; ++b) value[(i64)b * size + at] = v[b];
-    }
-    return passed;
+  AS_MEMBER float sieve(float v, int neuron) const {
+    return keeps(v, neuron) ? v - (mean ? mean[neuron] : 0.0f) : 0.0f;
   }
 };
-
-AS_DEVICE int half_of(int size) { return ((size / 2 + 31) & ~31) + 16; }
-AS_DEVICE int stored_size(int size) { return 2 * half_of(size); }
-// x lies in shared memory with the two halves of each group of eight apart: neighbouring lanes then meet different banks.
-AS_DEVICE int place_of(int i, int half) { return ((i >> 3) << 2) + (i & 3) + ((i & 4) ? half : 0); }
 
 AS_DEVICE float4 quad_at(const float* from, int q) { return *reinterpret_cast<const float4*>(from + 4 * q); }
+constexpr float NOTHING = 1.17549435e-38f;  // less than the least normal value adds nothing
 
-// What a thread needs of its first groups of four and the kernel before does not write: it is loaded while that still runs.
-constexpr int EARLY = 2;
-struct Early {
-  float4 norm[EARLY], residual[EARLY];
-};
-
-AS_DEVICE Early load_early(const Input& in) {
-  Early early;
+// Inclusive sum over the lanes of a warp.
+AS_DEVICE int scan_warp(int v) {
+  const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int t = 0; t < EARLY; ++t) {
-    const int q = t * (int)blockDim.x + (int)threadIdx.x;
-    early.norm[t] = early.residual[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (4 * q >= in.size) continue;
-    if (in.norm) early.norm[t] = quad_at(in.norm, q);
-    if (in.residual) early.residual[t] = quad_at(in.residual, q);
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const int other = __shfl_up_sync(0xffffffffu, v, offset);
+    if (lane >= offset) v += other;
   }
-  return early;
+  return v;
 }
 
-AS_DEVICE void load_input(const Input& in, int rows, const Early& early, float* x, float* scratch) {
-  const int half = half_of(in.size), quads = in.size / 4;
+struct Before {
+  int before, total;
+};
+
+// What the warps before this one counted, and all; counts holds one a warp, and none beyond them up to MOST_WARPS.
+constexpr int MOST_WARPS = 16;
+AS_DEVICE Before sum_before(const int* counts) {
+  const int warp = threadIdx.x >> 5;
+  Before sum{0, 0};
+#pragma unroll
+  for (int w = 0; w < MOST_WARPS; ++w) {
+    sum.before += w < warp ? counts[w] : 0;
+    sum.total += counts[w];
+  }
+  return sum;
+}
+
+// ---- x ----------------------------------------------------------------------------------------------------------------
+
+// A block's inputs: groups of eight quads, one of every `splits`.
+struct Slice {
+  int split, splits, size;
+
+  AS_MEMBER int quads() const { return 8 * ((((size + 31) >> 5) - split + splits - 1) / splits); }
+  AS_MEMBER int input(int q) const { return 4 * (((q >> 3) * splits + split) * 8 + (q & 7)); }  // the first of local quad q
+};
+
+// x in float32, quad by quad: at(q) is the first input of quad q, of `count`; store(b, q, input, v) takes it, of quads beyond the
+// inputs with a negative input and zeros.  A thread meets quads threadIdx.x, threadIdx.x + blockDim.x ...  Returns what the norm
+// still has to be multiplied with.
+template <class At, class Store>
+AS_DEVICE float load_quads(const Input& in, int rows, const float* residual, const float* norm, int count, float* scratch, At at,
+                           Store store) {
+  constexpr int TOGETHER = 2;
   float square = 0.0f;
 #pragma unroll 1
   for (int b = 0; b < B; ++b) {
-    float* const to = x + b * 2 * half;
     const int row = b < rows ? b : 0;  // rows that are not there are zeros
 #pragma unroll 1
-    for (int begin = 0; begin < quads; begin += EARLY * blockDim.x) {
-      float4 v[EARLY], norm[EARLY];
-      int at[EARLY];
+    for (int begin = threadIdx.x; begin < count; begin += TOGETHER * blockDim.x) {
+      float4 v[TOGETHER], n[TOGETHER];
+      int input[TOGETHER], from[TOGETHER];
 #pragma unroll
-      for (int t = 0; t < EARLY; ++t) {
-        const int q = begin + t * (int)blockDim.x + (int)threadIdx.x;
-        at[t] = q < quads ? q : quads - 1;
-        v[t] = begin ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : early.residual[t];
-        norm[t] = early.norm[t];
-        if (begin && in.norm) norm[t] = quad_at(in.norm, at[t]);
-        if (begin && in.residual) v[t] = quad_at(in.residual, at[t]);
-      }
-      if (in.x) {
-#pragma unroll
-        for (int t = 0; t < EARLY; ++t) {
-          const u32* const from = reinterpret_cast<const u32*>(in.x + (i64)row * in.size + 4 * at[t]);
-          widen2(from[0], v[t].x, v[t].y);
-          widen2(from[1], v[t].z, v[t].w);
+      for (int t = 0; t < TOGETHER; ++t) {
+        const int q = begin + t * (int)blockDim.x;
+        input[t] = q < count ? at(q) : in.size;
+        if (input[t] >= in.size) input[t] = -1;
+        from[t] = input[t] < 0 ? 0 : input[t];
+        v[t] = n[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (B == 1 && residual) v[t] = quad_at(residual, from[t] >> 2);
+        if (B == 1 && norm) n[t] = quad_at(norm, from[t] >> 2);
+        if (in.x) {
+          const u32* const pair = reinterpret_cast<const u32*>(in.x + (i64)row * in.size + from[t]);
+          widen2(pair[0], v[t].x, v[t].y);
+          widen2(pair[1], v[t].z, v[t].w);
         }
       }
 #pragma unroll 2
       for (int s = 0; s < in.splits; ++s) {
-        const float* const from = in.parts + ((i64)s * rows + row) * in.size;
+        const float* const parts = in.parts + ((i64)s * rows + row) * in.size;
 #pragma unroll
-        for (int t = 0; t < EARLY; ++t) {
-          const float4 part = quad_at(from, at[t]);
+        for (int t = 0; t < TOGETHER; ++t) {
+          const float4 part = quad_at(parts, from[t] >> 2);
           v[t].x += part.x, v[t].y += part.y, v[t].z += part.z, v[t].w += part.w;
         }
       }
 #pragma unroll
-      for (int t = 0; t < EARLY; ++t) {
-        const int q = begin + t * (int)blockDim.x + (int)threadIdx.x;
-        if (q >= quads) continue;
-        if (b >= rows) v[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (in.residual_out && blockIdx.x == 0) *reinterpret_cast<float4*>(in.residual_out + 4 * q) = v[t];
-        if (in.norm) {
+      for (int t = 0; t < TOGETHER; ++t) {
+        const int q = begin + t * (int)blockDim.x;
+        if (q >= count) continue;
+        if (input[t] < 0 || b >= rows) v[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (B == 1 && in.residual_out && blockIdx.x == 0 && input[t] >= 0)
+          *reinterpret_cast<float4*>(in.residual_out + input[t]) = v[t];
+        if (B == 1 && norm) {
           square += v[t].x * v[t].x + v[t].y * v[t].y + v[t].z * v[t].z + v[t].w * v[t].w;
-          v[t].x *= norm[t].x, v[t].y *= norm[t].y, v[t].z *= norm[t].z, v[t].w *= norm[t].w;
+          v[t].x *= n[t].x, v[t].y *= n[t].y, v[t].z *= n[t].z, v[t].w *= n[t].w;
         }
-        *reinterpret_cast<float4*>(to + place_of(4 * q, half)) = v[t];
+        store(b, q, input[t], v[t]);
       }
     }
   }
-  if (in.norm) {
-    const float scale = rsqrtf(block_sum(square, scratch) / in.size + in.eps);
-#pragma unroll 1
-    for (int q = threadIdx.x; q < quads; q += blockDim.x) {  // each thread its own values
-      float4* const at = reinterpret_cast<float4*>(x + place_of(4 * q, half));
-      const float4 v = *at;
-      *at = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
-    }
+  if (B > 1 || !norm) {
+    __syncthreads();
+    return 1.0f;
   }
-  __syncthreads();
+  return rsqrtf(block_sum(square, scratch) / in.size + in.eps);
 }
 
-struct Kept {
-  int index, mask;  // mask 0: not kept
-  float value[B];
-};
+// ---- who is kept --------------------------------------------------------------------------------------------------------
 
-struct Range {
-  int begin, count, total;
-};
+constexpr int MOST_QUADS = 16;  // of a slice that a thread looks at: four bits each
 
-// Positions of the kept among `count` candidates: those of slice `slice` of `slices` go to index and value [slice, B].
-template <class F>
-AS_DEVICE Range compact(int count, int slice, int slices, int* counts, int* index, float* value, F look) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  const int segment = ((count + warps - 1) / warps + 31) & ~31, begin = warp * segment;
-  const int end = begin + segment < count ? begin + segment : count;
-  int mine = 0;
-#pragma unroll 1
-  for (int i = begin; i < end; i += 32 * SOURCES) {
-    Kept k[SOURCES];
+// An entry of a list: the local input, and where there are several rows which of them keep it, above 16 bits.
+template <int ROWS>
+struct EntryOf {
+  typedef u32 type;
+};
+template <>
+struct EntryOf<1> {
+  typedef u16 type;
+};
+typedef EntryOf<B>::type Entry;
+
+// Rows that keep an input, a bit each; v: its values [B].
+AS_DEVICE u32 keepers(const float* v, float factor, float least) {
+  u32 mask = 0;
 #pragma unroll
-    for (int s = 0; s < SOURCES; ++s) k[s] = look(i + 32 * s + lane, end);
-#pragma unroll
-    for (int s = 0; s < SOURCES; ++s) mine += __popc(__ballot_sync(0xffffffffu, k[s].mask != 0));
-  }
-  if (lane == 0) counts[warp] = mine;
-  __syncthreads();
-  int before = 0, total = 0;
-  for (int w = 0; w < warps; ++w) {
-    if (w == warp) before = total;
-    total += counts[w];
-  }
-  const int low = share_of(total, slice, slices), high = share_of(total, slice + 1, slices);
-  if (before < high && before + mine > low) {
-#pragma unroll 1
-    for (int i = begin; i < end; i += 32 * SOURCES) {
-      Kept k[SOURCES];
-#pragma unroll
-      for (int s = 0; s < SOURCES; ++s) k[s] = look(i + 32 * s + lane, end);
-#pragma unroll
-      for (int s = 0; s < SOURCES; ++s) {
-        const u32 kept = __ballot_sync(0xffffffffu, k[s].mask != 0);
-        const int at = before + __popc(kept & ((1u << lane) - 1u));
-        if (k[s].mask && at >= low && at < high) {
-          index[at - low] = k[s].index;
-          for (int b = 0; b < B; ++b) value[(at - low) * B + b] = k[s].value[b];
-        }
-        before += __popc(kept);
-      }
-    }
-  }
-  __syncthreads();
-  return Range{low, high - low, total};
+  for (int b = 0; b < B; ++b) mask |= absolute(v[b] * factor) < least ? 0u : 1u << b;
+  return mask;
 }
 
-// One row of x: each thread looks at groups of four candidates and remembers one bit each.  The list's order is by thread, then
-// by candidate.  look(i0, i1) examines the groups at i0 and i1 and returns their bits; value_at(i) is what was found.
-constexpr int MOST_SINGLE = 16 * 4 * 512;  // candidates that the bits of a block of 512 threads can stand for
-
-template <class Look, class Value>
-AS_DEVICE Range compact_one(int count, int slice, int slices, int* counts, int* index, float* value, Look look,
-                            Value value_at) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, stride = 4 * blockDim.x;
-  const int groups = (count + stride - 1) / stride;
+// A block's kept inputs under one threshold to `list`, in the order of threads; how many.  x holds the slice, [inputs, B];
+// `factor` times it is compared.  The threshold of local quad q is quad `staged ? q : its place among all` of `threshold`.
+// counts: one for each warp, of MOST_WARPS.
+AS_DEVICE int keep_inputs(const Slice& slice, const float* x, float factor, const float* threshold, bool staged, int* counts,
+                          Entry* list) {
+  const int warp = threadIdx.x >> 5, quads = slice.quads();
+  const auto least_of = [&](int q) {
+    return threshold ? quad_at(threshold, staged ? q : slice.input(q) >> 2) : make_float4(NOTHING, NOTHING, NOTHING, NOTHING);
+  };
   unsigned long long kept = 0;
 #pragma unroll 1
-  for (int j = 0; j < groups; j += 2) {
-    const int i = j * stride + 4 * threadIdx.x;
-    kept |= (unsigned long long)look(i, i + stride) << 4 * j;
-  }
-  const int mine = __popc((u32)kept) + __popc((u32)(kept >> 32));
-  int upto = mine;
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const int other = __shfl_up_sync(0xffffffffu, upto, offset);
-    if (lane >= offset) upto += other;
-  }
-  if (lane == 31) counts[warp] = upto;
-  __syncthreads();
-  int at = upto - mine, total = 0;
-  for (int w = 0; w < warps; ++w) {
-    if (w < warp) at += counts[w];
-    total += counts[w];
-  }
-  const int low = share_of(total, slice, slices), high = share_of(total, slice + 1, slices);
-  if (at < high && at + mine > low)
-#pragma unroll 1
-    for (int j = 0; j < groups; ++j) {
-      const u32 four = (u32)(kept >> 4 * j) & 15u;
-      for (int e = 0; e < 4; ++e)
-        if (four >> e & 1) {
-          if (at >= low && at < high) {
-            const int i = j * stride + 4 * threadIdx.x + e;
-            index[at - low] = i;
-            value[at - low] = value_at(i);
-          }
-          ++at;
-        }
+  for (int q = threadIdx.x, shift = 0; q < quads; q += blockDim.x, shift += 4) {
+    if (slice.input(q) >= slice.size) continue;
+    const float4 least = least_of(q);
+    float v[4 * B];
+#pragma unroll
+    for (int b = 0; b < B; ++b) {  // the quad in 16-byte pieces
+      const float4 piece = quad_at(x + 4 * q * B, b);
+      v[4 * b] = piece.x, v[4 * b + 1] = piece.y, v[4 * b + 2] = piece.z, v[4 * b + 3] = piece.w;
     }
+    u32 four = keepers(v, factor, least.x) ? 1u : 0u;
+    four |= keepers(v + B, factor, least.y) ? 2u : 0u;
+    four |= keepers(v + 2 * B, factor, least.z) ? 4u : 0u;
+    four |= keepers(v + 3 * B, factor, least.w) ? 8u : 0u;
+    kept |= (unsigned long long)four << shift;
+  }
+  const int mine = __popc((u32)kept) + __popc((u32)(kept >> 32)), upto = scan_warp(mine);
+  if ((threadIdx.x & 31) == 31) counts[warp] = upto;
   __syncthreads();
-  return Range{low, high - low, total};
+  const Before others = sum_before(counts);
+  Entry* to = list + others.before + upto - mine;
+#pragma unroll 1
+  for (int q = threadIdx.x; kept; q += blockDim.x, kept >>= 4) {
+    float4 least;
+    if (B > 1) least = least_of(q);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if ((u32)kept >> e & 1u) {
+        u32 mask = 0;
+        if (B > 1) mask = keepers(x + (4 * q + e) * B, factor, e == 0 ? least.x : e == 1 ? least.y : e == 2 ? least.z : least.w);
+        *to++ = (Entry)(mask << 16 | (u32)(4 * q + e));
+      }
+  }
+  return others.total;
 }
 
-// This block's even share of a list in segments; prefix holds one more than there are segments.
-AS_DEVICE Range gather(const Candidates& c, int rows, int slice, int slices, int* counts, int* index, int* mask, float* value,
-                       int* prefix) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, t = threadIdx.x;
-  const int mine = t < c.segments ? c.counts[t] : 0;
-  int upto = mine;
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const int other = __shfl_up_sync(0xffffffffu, upto, offset);
-    if (lane >= offset) upto += other;
-  }
-  if (lane == 31) counts[warp] = upto;
-  __syncthreads();
-  int total = 0;
-  for (int w = 0; w < warps; ++w) {
-    if (w < warp) upto += counts[w];
-    total += counts[w];
-  }
-  if (t <= c.segments) prefix[t] = upto - mine;
-  __syncthreads();
-  const int low = share_of(total, slice, slices), high = share_of(total, slice + 1, slices);
-#pragma unroll 1
-  for (int i = low + t; i < high; i += blockDim.x) {
-    int segment = 0, past = c.segments;  // prefix[segment] <= i < prefix[past]
-    while (past - segment > 1) {
-      const int middle = (segment + past) >> 1;
-      if (prefix[middle] <= i) segment = middle;
-      else past = middle;
-    }
-    const int at = segment * c.capacity + i - prefix[segment];
-    index[i - low] = c.index[at];
-    if (mask) mask[i - low] = c.mask[at];
-    for (int b = 0; b < B; ++b) value[(i - low) * B + b] = b < rows ? c.value[(i64)b * c.size + at] : 0.0f;
-  }
-  __syncthreads();
-  return Range{low, high - low, total};
-}
+// This block's even share of those with a value: their rows, places and values [share, B]; where the share begins.  What lies
+// between them becomes zero in `zeros`, if given.  The share of a block ends where the next one's begins.
+struct Share {
+  int count, start;
+};
 
-// This block's even share of those named, by a list that a product left or by indices alone.
-AS_DEVICE Range named(const Candidates& c, int rows, int slice, int slices, int* counts, int* index, int* mask, float* value,
-                      float* found) {
-  if (c.counts)
-    return gather(c, rows, slice, slices, counts, index, mask, value, reinterpret_cast<int*>(found));
-  const int low = share_of(c.size, slice, slices), high = share_of(c.size, slice + 1, slices);
-  for (int i = low + threadIdx.x; i < high; i += blockDim.x) {
-    index[i - low] = c.index[i];
-    if (mask) mask[i - low] = (1 << rows) - 1;
+AS_DEVICE Share share_of_chosen(const Chosen& c, int rows, int* counts, int* chosen, int* place, float* source,
+                                  float* zeros) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = threadIdx.x, blocks = gridDim.x;
+  const int mine = t < c.segments ? c.count[t] : 0, start = t < c.segments ? c.start[t] : 0, scanned = scan_warp(mine);
+  if (lane == 31) counts[warp] = scanned;
+  __syncthreads();
+  const Before others = sum_before(counts);
+  const int upto = others.before + scanned, total = others.total;
+  const int low = share_of(total, blockIdx.x, blocks), high = share_of(total, blockIdx.x + 1, blocks);
+  int* const found = counts + MOST_WARPS;
+  // Those before the first belong to it; where there is none, each block has a share of all.
+  int position = total ? 0 : share_of(c.size, blockIdx.x, blocks), before = 0;
+  const int end = total ? c.size : share_of(c.size, blockIdx.x + 1, blocks);
+  if (low && upto - mine <= low && low < upto) found[0] = start, found[1] = upto - mine;
+  __syncthreads();
+  if (low) position = found[0], before = found[1];
+  if (total && low == high) return Share{0, position};
+  const int first = position;
+#pragma unroll 1
+  for (; position < end && before <= high; position += blockDim.x) {
+    const int number = position + t;
+    float v[B];
+    bool kept = false;
+#pragma unroll
+    for (int b = 0; b < B; ++b) {
+      v[b] = b < rows && number < end ? c.value[(i64)b * c.size + number] : 0.0f;
+      kept = kept || v[b] != 0.0f;
+    }
+    const u32 ballot = __ballot_sync(0xffffffffu, kept);
+    __syncthreads();  // counts and found have been read
+    if (lane == 0) counts[warp] = __popc(ballot);
+    __syncthreads();
+    const Before in = sum_before(counts);
+    const int rank = before + in.before + __popc(ballot & ((1u << lane) - 1u));
+    const int owner = kept ? rank : rank ? rank - 1 : 0;  // who owns a zero: the one before it
+    if (number < end && (!total || (owner >= low && owner < high))) {
+      if (kept) {
+        place[rank - low] = number;
+        chosen[rank - low] = c.index ? c.index[number] : number;
+#pragma unroll
+        for (int b = 0; b < B; ++b) source[(rank - low) * B + b] = v[b];
+      } else if (zeros) {
+        for (int b = 0; b < rows; ++b) zeros[(i64)b * c.size + number] = 0.0f;
+      }
+    }
+    before += in.total;
   }
   __syncthreads();
-  return Range{low, high - low, c.size};
+  return Share{high - low, low ? place[0] : first};
 }
