@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actsparse import kernels
-from actsparse.kernels import cpu, planes
+from actsparse.kernels import cpu, many, planes
 
 pytestmark = pytest.mark.skipif(bool(cpu.missing), reason=cpu.missing)
 f32 = np.float32
@@ -229,9 +229,53 @@ def test_unpacked_columns_are_the_oracles(isa: str, threads: int, stored: int, d
     assert kernels.unpack_columns(packed, 5, 5, dtype).shape == (0, 700)
 
 
+@pytest.mark.parametrize("rows", [9, 31, 300])
+@pytest.mark.parametrize("out", [40, 700])
+@pytest.mark.parametrize("stored", planes.STORED)
+def test_many_rows_in_bfloat16(isa: str, threads: int, stored: int, out: int, rows: int) -> None:
+    case = Case(out, 1091 if rows == 9 else 91, stored, rows)
+    x = case.x.bfloat16()
+    x[3] *= 0
+    x[5, 7] = float("nan")
+    assert many.fits(x) == cpu.has_many_rows()
+    found = kernels.graded_linear(x, case.packed, None, case.center, case.start)
+    exact = planes.linear(x.double(), case.packed, None, case.center, case.start)
+    whole = np.isnan(exact.numpy())
+    assert whole[5].all()
+    assert not np.delete(whole, 5, 0).any()
+    # Weights, deviations, and y are rounded once each by 2^-9 of themselves; sums of float32 add inputs 2^-24.
+    weight, deviation = planes.unpack(case.packed, None, torch.float64).abs(), (x.double() - case.center).abs()
+    allowed = (2**-8 + 2**-17 + 2 * case.packed.inputs * 2**-24) * (
+        deviation @ weight.T + case.start.abs()
+    ) + 2**-8 * exact.abs()
+    error = (found.double() - exact).abs()
+    assert bool((error <= allowed)[~torch.tensor(whole)].all())
+    assert bool(found[5].isnan().all())
+
+
+def test_many_rows_that_do_not_fit_are_refused() -> None:
+    case = Case(100, 90, 4, 20)
+    matrix = cpu.packed_of(case.packed, None, case.center, case.start)
+    with pytest.raises(ValueError, match=r"x is torch.float32 \(20, 90\), expected bfloat16 \[T, 90\]"):
+        cpu.many_rows(case.x, matrix)
+    with pytest.raises(ValueError, match="many_rows"):
+        cpu.many_rows(case.x.bfloat16(), cpu.packed_of(case.packed, case.thresholds, case.center, case.start))
+    assert cpu.many_rows(case.x[:0].bfloat16(), matrix).shape == (0, 100)
+
+
+def test_many_rows_with_a_gradient() -> None:
+    case = Case(100, 90, 4, 20)
+    x = case.x.bfloat16().requires_grad_()
+    kernels.graded_linear(x, case.packed, None, case.center, case.start).sum().backward()
+    expected = planes.unpack(case.packed).sum(0)
+    torch.testing.assert_close(
+        x.grad.float(), expected.expand(20, -1), rtol=0.05, atol=0.05 * float(expected.abs().max())
+    )
+
+
 def test_many_rows_are_multiplied_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_UNPACKED_BYTES", 1)
-    monkeypatch.setattr(kernels, "_OUTPUTS_AT_ONCE", 128)
+    monkeypatch.setattr(many, "UNPACKED_BYTES", 1)
+    monkeypatch.setattr(many, "OUTPUTS_AT_ONCE", 128)
     case = Case(300, 200, 6, rows=20)
     found = kernels.graded_linear(case.x, case.packed, case.thresholds, case.center, case.start)
     torch.testing.assert_close(found, case.oracle().float(), rtol=1e-4, atol=1e-3)
@@ -249,6 +293,19 @@ def test_what_does_not_fit_is_refused() -> None:
         kernels.unpack_columns(case.packed, 5, 91, torch.float32)
     with pytest.raises(ValueError, match="level is 6"):
         kernels.unpack_columns(case.packed, 0, 1, torch.float32, 6)
+
+
+def test_columns_are_unpacked_into_the_room_given() -> None:
+    matrix = cpu.packed_of(Case(100, 90, 4).packed)
+    room = torch.full((50, 100), torch.nan)
+    found = cpu.unpack_columns(matrix, 5, 45, 2, torch.float32, room)
+    assert found.data_ptr() == room.data_ptr()
+    assert torch.equal(found, cpu.unpack_columns(matrix, 5, 45, 2, torch.float32))
+    assert bool(room[40:].isnan().all())
+    with pytest.raises(ValueError, match="room has 50 rows, expected 51"):
+        cpu.unpack_columns(matrix, 5, 56, 2, torch.float32, room)
+    with pytest.raises(ValueError, match=r"room is torch.float32 \(50, 100\), expected contiguous torch.bfloat16"):
+        cpu.unpack_columns(matrix, 5, 45, 2, torch.bfloat16, room)
 
 
 def test_a_new_rule_is_not_taken_for_the_old_one() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import cpu, cuda, merged, planes, portable, reference
+from . import cpu, cuda, many, merged, planes, portable, reference
 from .cpu import (
     ACTIVATIONS,
     FFN,
@@ -200,10 +200,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Ten
 # The structure last made for a packed matrix, and the tensors that it was made for.
 Nested = planes.Packed | cuda.Tiles
 _matrices: WeakKeyDictionary[planes.Packed, tuple[tuple[Tensor | None, ...], Matrix]] = WeakKeyDictionary()
-# Columns unpacked at a time for many rows: some MB, so that they are still in cache when they are multiplied, a few outputs at
-# a time: oneDNN multiplies 512 x 2048 at 205 to 216 GFLOP/s a core where it multiplies 512 x 8192 at 114 to 144.
-_UNPACKED_BYTES = 16 << 20
-_OUTPUTS_AT_ONCE = 2048
 
 
 def _packed_obstacle(x: Tensor, packed: planes.Packed) -> str:
@@ -265,42 +261,9 @@ def graded_linear(
         return cpu.graded_linear(x, matrix)
     if _rows(x) <= MAX_BATCH:
         return planes.linear(x, packed, thresholds, center, start)
-    return _graded_rows(x, packed, matrix, thresholds, center, start)
-
-
-def _graded_rows(
-    x: Tensor,
-    packed: planes.Packed,
-    matrix: Matrix | None,
-    thresholds: Tensor | None,
-    center: Tensor | None,
-    start: Tensor | None,
-) -> Tensor:
-    """:func:`graded_linear` of many rows, computed in x's type, without ever holding the whole matrix unpacked."""
     if matrix is None or x.dtype not in cpu.DTYPES or not x.is_cpu:
         return planes.linear(x, packed, thresholds, center, start, x.dtype)
-    rows = x.reshape(-1, packed.inputs)
-    deviation = rows if center is None else (rows.float() - center).to(x.dtype)
-    read = None if thresholds is None else planes.levels_read(rows, thresholds, center)
-    # Blocks are added up in float32: each would round the sum to x's type once more.
-    y = torch.zeros(len(rows), packed.out, dtype=torch.float32)
-    if start is not None:
-        y += start.float()
-    step = max(64, _UNPACKED_BYTES // (packed.out * x.element_size()))
-    for begin in range(0, packed.inputs, step):
-        end = min(begin + step, packed.inputs)
-        for planes_read in range(1 if read is not None else len(packed.planes), len(packed.planes) + 1):
-            part = deviation[:, begin:end]
-            if read is not None:
-                here = read[:, begin:end] == planes_read
-                if not bool(here.any()):
-                    continue
-                part = torch.where(here, part, torch.zeros((), dtype=x.dtype))
-            weights = cpu.unpack_columns(matrix, begin, end, planes_read, x.dtype)
-            for first in range(0, packed.out, _OUTPUTS_AT_ONCE):
-                outputs = slice(first, first + _OUTPUTS_AT_ONCE)
-                y[:, outputs] += part @ weights[:, outputs]
-    return y.to(x.dtype).reshape(*x.shape[:-1], packed.out)
+    return many.graded_rows(x, packed, matrix, thresholds, center, start)
 
 
 def unpack_columns(packed: planes.Packed, begin: int, end: int, dtype: torch.dtype, level: int | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from .structures import FFN, Call, Decoder, Matrix, Stats
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 MAX_BATCH = 8
 
 
@@ -42,6 +42,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("as_linear_rows", [POINTER(Matrix), pointer, i64, pointer, pointer, i64, i32, POINTER(Stats)], i32),
         ("as_ffn_forward", [POINTER(FFN), pointer, pointer, i64, i32, POINTER(Stats)], i32),
         ("as_unpack", [POINTER(Matrix), i64, i64, i32, pointer, i32], i32),
+        ("as_many_rows", [POINTER(Matrix), pointer, pointer, i64], i32),
+        ("as_has_many_rows", [], i32),
         ("as_decode_step", [POINTER(Decoder), i64, i64, pointer, POINTER(Stats)], i32),
         ("as_decode_together", [pointer, pointer, pointer, i64, pointer, POINTER(Stats)], i32),
         (

@@ -95,11 +95,39 @@ def graded_linear(x: Tensor, matrix: Matrix) -> Tensor:
     return y
 
 
-def unpack_columns(matrix: Matrix, begin: int, end: int, planes: int, dtype: torch.dtype) -> Tensor:
-    """Columns ``begin`` to ``end`` of a structure of :func:`packed_of`, of so many planes, [end - begin, O]."""
-    out = torch.empty(end - begin, matrix.out, dtype=dtype)
+def has_many_rows() -> bool:
+    """Whether :func:`many_rows` exists for this machine and the instruction set in use."""
+    return bool(library().as_has_many_rows())
+
+
+def many_rows(x: Tensor, matrix: Matrix) -> Tensor:
+    """start + W (x - center) of a structure of :func:`packed_of` without thresholds, x bfloat16 [T, I] to bfloat16 [T, O].
+
+    Every plane is read.  Weights and deviations are rounded to bfloat16, sums are float32.
+    """
+    if x.dim() != 2 or x.shape[1] != matrix.in_ or x.dtype != torch.bfloat16:
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected bfloat16 [T, {matrix.in_}]")
+    x = x.contiguous()
+    y = torch.empty(len(x), matrix.out, dtype=x.dtype, device="cpu")
+    if len(x):
+        check(library().as_many_rows(ctypes.byref(matrix), x.data_ptr(), y.data_ptr(), len(x)), "many_rows")
+    return y
+
+
+def unpack_columns(
+    matrix: Matrix, begin: int, end: int, planes: int, dtype: torch.dtype, room: Tensor | None = None
+) -> Tensor:
+    """Columns ``begin`` to ``end`` of a structure of :func:`packed_of`, of so many planes, [end - begin, O].
+
+    ``room``: contiguous memory of that type for it, [end - begin or more, O]; None: its own.
+    """
+    if room is not None and (room.dtype != dtype or not room.is_contiguous() or room.shape[1] != matrix.out):
+        raise ValueError(f"room is {room.dtype} {tuple(room.shape)}, expected contiguous {dtype} [.., {matrix.out}]")
+    out = torch.empty(end - begin, matrix.out, dtype=dtype) if room is None else room[: end - begin]
     if begin == end:
         return out
+    if len(out) < end - begin:
+        raise ValueError(f"room has {len(out)} rows, expected {end - begin}")
     code = library().as_unpack(ctypes.byref(matrix), begin, end, planes, out.data_ptr(), DTYPES[dtype])
     check(code, "unpack_columns")
     return out

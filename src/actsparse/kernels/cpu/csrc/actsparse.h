@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define AS_ABI_VERSION 8
+#define AS_ABI_VERSION 9
 #define AS_MAX_BATCH 8
 #define AS_API __attribute__((visibility("default")))
 
@@ -139,6 +139,10 @@ AS_API int32_t as_linear_rows(const as_matrix* w, const int32_t* rows, int64_t r
                        int32_t io_dtype, as_stats* stats);
 // Columns [begin, end) of a packed matrix read to `level` planes, as out [end - begin, w->out] of out_dtype.
 AS_API int32_t as_unpack(const as_matrix* w, int64_t begin, int64_t end, int32_t level, void* out, int32_t out_dtype);
+// y = start + W (x - center), every plane of a packed matrix without thresholds; x [rows, in] and y [rows, out] in bfloat16,
+// sums in float32. Whether the instruction set in use has it: as_has_many_rows.
+AS_API int32_t as_many_rows(const as_matrix* w, const void* x, void* y, int64_t rows);
+AS_API int32_t as_has_many_rows(void);
 AS_API int32_t as_ffn_forward(const as_ffn* ffn, const void* x, void* y, int64_t batch, int32_t io_dtype, as_stats* stats);
 // One token: embeds `token`, appends to the caches at `position`, writes float32 logits [vocab].
 AS_API int32_t as_decode_step(const as_decoder* decoder, int64_t token, int64_t position, float* logits, as_stats* stats);

@@ -67,7 +67,7 @@ inline void coefficients_of(const uint8_t* const* mantissa, const int32_t* multi
 
 inline bool is_high(int32_t multiplier) { return multiplier > max_multiplier || multiplier < -max_multiplier; }
 
-void unpack_plain(const as_packed& w, int64_t out, int64_t column, int32_t level, float* to) {
+inline void unpack_plain(const as_packed& w, int64_t out, int64_t column, int32_t level, float* to) {
   const uint8_t* const plane = w.plane + column * w.stride;
   const uint8_t* const mantissa = w.mantissa + column * w.mantissa_stride;
   const float step = scale_of(w, column) / 255.0f * w.gain[level - 1] / float(1 << (2 * level - 1));

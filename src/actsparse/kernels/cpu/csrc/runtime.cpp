@@ -15,6 +15,7 @@
 
 #include "graded.h"
 #include "internal.h"
+#include "many.h"
 
 namespace actsparse {
 namespace {
@@ -32,6 +33,12 @@ bool runs_here(const IsaOps* isa) {
 }
 
 #if defined(__x86_64__)
+// With tiles of matrix registers oneDNN multiplies many rows several times as fast as a core's vectors do.
+bool has_amx_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+}
+
 bool has_avxvnni() {  // older compilers cannot ask for it by name either; its registers are AVX2's
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
@@ -74,6 +81,14 @@ const GradedOps& graded_ops() {
   }
 #endif
   return isa == isa_neon && graded_neon ? *graded_neon : *graded_scalar;
+}
+
+const ManyOps* many_ops() {
+#if defined(__x86_64__)
+  static const bool here = __builtin_cpu_supports("avx512bf16") && !has_amx_bf16();
+  if (here && &ops() == isa_avx512) return many_bf16;
+#endif
+  return nullptr;
 }
 
 Arena::~Arena() {
