@@ -134,8 +134,9 @@ void attend(const Batch& batch, int64_t layer, Vectors q, Vectors k, Vectors v, 
     positions += count;
     most = count > most ? count : most;
   }
-  // Four times what is read: every head computes on top of that.
-  int64_t tasks = tasks_for(8 * d.kv_heads * positions * d.head_dim * element_size(d.cache_dtype));
+  // Four times what is read, and the cost of some KB for a head: every head computes on top of that.
+  constexpr int64_t head_bytes = 64 * 1024;
+  int64_t tasks = tasks_for(8 * d.kv_heads * positions * d.head_dim * element_size(d.cache_dtype) + heads * head_bytes);
   if (tasks > heads) tasks = heads;
   const int64_t room = AS_MAX_BATCH * padded(most);
   float* const scores = arena().take<float>(tasks * room);
@@ -179,13 +180,25 @@ void decode(const Batch& batch, float* logits, as_stats* stats, int64_t stats_st
     isa.widen(d.positions.dtype, stored_at(d.positions, batch.position[b]), x.row(b), d.hidden);
     for (int64_t i = 0; i < d.hidden; ++i) to[i] += x.row(b)[i];
   }
+  const int64_t runs = padded((d.hidden + Stream::run - 1) / Stream::run);
+  const Stream stream = {h.at, h.stride, d.hidden, scratch.take<double>(rows * runs), runs};
+  const auto measure = [&] {
+    for (int64_t b = 0; b < rows; ++b) stream.measure(b, 0, d.hidden);
+  };
+  measure();
   for (int64_t n = 0; n < d.layers; ++n, stats += stats ? stats_stride : 0) {
     const as_layer& l = d.layer[n];
     const size_t mark = scratch.mark();
-    normalise(l.input_norm, h, rows, d.hidden, x);
+    const bool apart = !l.parallel;  // else one norm's values serve both blocks
+    const bool normed = apart && l.input_norm.kind == AS_RMS_NORM && !l.input_norm.bias && is_packed(l.q) && is_packed(l.k) && is_packed(l.v);
+    if (!normed) normalise(l.input_norm, h, rows, d.hidden, x);
     Product qkv[3] = {prepare(l.q, l.q_threshold, x.at, x.stride, rows, q.at, q.stride),
                       prepare(l.k, l.k_threshold, x.at, x.stride, rows, k.at, k.stride),
                       prepare(l.v, l.v_threshold, x.at, x.stride, rows, v.at, v.stride)};
+    for (Product& p : qkv) {
+      p.norm = normed ? &l.input_norm : nullptr;
+      p.stream = &stream;
+    }
     run(qkv, 3, rows, stats);
     if (l.heads_norm == AS_ALL_HEADS) {
       normalise(l.q_norm, q, rows, q_width, q);
@@ -193,13 +206,28 @@ void decode(const Batch& batch, float* logits, as_stats* stats, int64_t stats_st
     }
     attend(batch, n, q, k, v, attention);
     Product o = prepare(l.o, l.o_threshold, attention.at, attention.stride, rows, block.at, block.stride);
+    const bool o_joins = is_packed(l.o) && l.attention_out_norm.kind == AS_NO_NORM;
+    o.onto = o_joins ? &stream : nullptr;
+    o.onto_scale = d.residual_scale;
     run(&o, 1, rows, stats);
-    normalise(l.attention_out_norm, block, rows, d.hidden, block);
-    add_scaled(h, block, rows, d.residual_scale, d.hidden);
-    if (!l.parallel) normalise(l.post_norm, h, rows, d.hidden, x);
-    ffn(l.ffn, x.at, x.stride, block.at, block.stride, rows, stats);
-    normalise(l.ffn_out_norm, block, rows, d.hidden, block);
-    add_scaled(h, block, rows, d.residual_scale, d.hidden);
+    if (!o_joins) {
+      normalise(l.attention_out_norm, block, rows, d.hidden, block);
+      add_scaled(h, block, rows, d.residual_scale, d.hidden);
+      measure();
+    }
+    const bool ffn_packed = is_packed(l.ffn.up), ffn_joins = ffn_packed && l.ffn_out_norm.kind == AS_NO_NORM;
+    const bool ffn_normed = apart && ffn_packed && l.post_norm.kind == AS_RMS_NORM && !l.post_norm.bias;
+    if (apart && !ffn_normed) normalise(l.post_norm, h, rows, d.hidden, x);
+    if (ffn_packed)
+      packed_ffn(l.ffn, x.at, x.stride, block.at, block.stride, rows, stats, ffn_normed ? &l.post_norm : nullptr, &stream,
+                 ffn_joins, d.residual_scale);
+    else
+      ffn(l.ffn, x.at, x.stride, block.at, block.stride, rows, stats);
+    if (!ffn_joins) {
+      normalise(l.ffn_out_norm, block, rows, d.hidden, block);
+      add_scaled(h, block, rows, d.residual_scale, d.hidden);
+      measure();
+    }
     scratch.release(mark);
   }
   normalise(d.final_norm, h, rows, d.hidden, x);

@@ -88,6 +88,42 @@ bool valid_ffn(const as_ffn& f) {
   return !f.neurons || (f.neuron_count >= 0 && f.neuron_count <= f.up.out);
 }
 
+void Gating::gate(int64_t row, int64_t first, int64_t n) const {
+  float* const g = v + row * stride + first;
+  const float* const up = u ? u + row * stride + first : nullptr;
+  for (int64_t i = 0; i < n; ++i) {
+    const float product = up ? g[i] * up[i] : g[i];
+    const bool dropped = (f->gate_threshold && __builtin_fabsf(g[i]) < f->gate_threshold[first + i]) ||
+                         (f->value_threshold && __builtin_fabsf(product) < f->value_threshold[first + i]);
+    g[i] = dropped ? 0.0f : f->mean ? product - f->mean[first + i] : product;
+  }
+}
+
+void packed_ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats,
+                const as_norm* norm, const Stream* stream, bool onto, float onto_scale) {
+  const bool gated = f.gate.data != nullptr;
+  const int64_t neurons = f.up.out, stride = padded(neurons);
+  float* const v = arena().take<float>(batch * stride);
+  float* const u = gated ? arena().take<float>(batch * stride) : nullptr;
+  Product products[2] = {prepare(gated ? f.gate : f.up, nullptr, x, x_stride, batch, v, stride), {}};
+  products[0].activation = f.activation;
+  if (gated) {
+    products[1] = prepare(f.up, nullptr, x, x_stride, batch, u, stride);
+    products[1].activation = f.up_activation;
+  }
+  for (Product& p : products) {
+    p.norm = norm;
+    p.stream = norm ? stream : nullptr;
+  }
+  Product* const both[2] = {products, products + 1};
+  const Gating gating = {&f, v, u, stride};
+  run_packed(both, gated ? 2 : 1, batch, stats, &gating);
+  Product down = prepare(f.down, nullptr, v, stride, batch, y, y_stride);
+  down.onto = onto ? stream : nullptr;
+  down.onto_scale = onto_scale;
+  run(&down, 1, batch, stats);
+}
+
 void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats) {
   if (is_packed(f.up)) return packed_ffn(f, x, x_stride, y, y_stride, batch, stats);
   const IsaOps& isa = ops();

@@ -1,6 +1,4 @@
-// Products with packed matrices, and their unpacking.
-#include <new>
-
+// Products with packed matrices: one to eight rows, several products in a region.
 #include "graded.h"
 #include "internal.h"
 
@@ -15,14 +13,20 @@ constexpr float range = 3.0f / 127.0f, largest_coefficient = 16000.0f;
 
 int64_t groups_of(const as_matrix& w) { return (w.out + group_outputs - 1) / group_outputs; }
 
+// What the unit takes from a block: apart from what it reads, because every task wants all of them.
+struct Magnitude {
+  float sum, top;
+  int32_t kept, unused;
+};
+
 // The unit of a row's coefficients, from what its blocks read; NaN where a value read is not finite.
-float unit_of(const Grades* grades, int64_t blocks) {
+float unit_of(const Magnitude* blocks, int64_t count) {
   float sum = 0.0f, top = 0.0f;
   int64_t kept = 0;
-  for (int64_t k = 0; k < blocks; ++k) {
-    sum += grades[k].sum;
-    top = top < grades[k].top ? grades[k].top : top;
-    kept += __builtin_popcountll(grades[k].read[0]);
+  for (const Magnitude* m = blocks; m < blocks + count; ++m) {
+    sum += m->sum;
+    top = top < m->top ? m->top : top;
+    kept += m->kept;
   }
   if (!(sum <= 3.0e38f)) return __builtin_nanf("");
   const float mean = kept ? sum / float(kept) * range : 0.0f, least = top / largest_coefficient;
@@ -48,6 +52,13 @@ struct alignas(64) Counter {
   char apart[192];  // from the line that would be fetched with it
 };
 
+// A row's unit for each product of a region.
+struct Units {
+  float of[AS_MAX_BATCH];
+};
+
+constexpr int64_t quarter_outputs = tile_outputs / 4;
+
 // One packed product inside a region.
 class Packed {
  public:
@@ -65,69 +76,95 @@ class Packed {
     span_ = strips_ * blocks_ < 16 * tasks && tasks > 1 ? 1 : listed_columns / block_columns;
     lists_ = (blocks_ + span_ - 1) / span_;
     grades_ = arena().take<Grades>(batch * blocks_);
+    magnitudes_ = arena().take<Magnitude>(batch * blocks_);
     coefficient_stride_ = padded(p_->w->in);
     coefficients_ = arena().take<float>(batch * coefficient_stride_);
     graded_ = Claims(tasks);
     joined_ = Claims(tasks);
-    next_ = arena().take<Counter>(tasks + 1);
-    for (int64_t t = 0; t <= tasks; ++t) next_[t].value = 0;
+    next_ = arena().take<Counter>(tasks + 2);
+    for (int64_t t = 0; t < tasks + 2; ++t) next_[t].value = 0;
     sums_ = arena().take<int32_t>(tasks * task_stride());
     touched_ = arena().take<bool>(tasks * strips_);
     for (int64_t k = 0; k < tasks * strips_; ++k) touched_[k] = false;
   }
 
-  void grade(int64_t task) const {
+  void grade(int64_t task, const float* norm_scales) const {
     for (int64_t i = 0; i < tasks_; ++i) {
       const int64_t part = (task + i) % tasks_;
       if (!graded_.take(part)) continue;
       const Slice s = slice_of(blocks_, part, tasks_);
       for (int64_t b = 0; b < batch_; ++b)
-        for (int64_t k = s.begin; k < s.end; ++k) {
-          const int64_t first = k * block_columns, rest = p_->w->in - first;
-          grades_[b * blocks_ + k] = ops_->grade(*w_, p_->w->in, p_->x.x + b * p_->x.stride, first,
-                                                 rest < block_columns ? rest : block_columns,
-                                                 coefficients_ + b * coefficient_stride_ + first);
-        }
+        for (int64_t k = s.begin; k < s.end; ++k) grade_block(b, k, norm_scales[b]);
       graded_.finish(part);
     }
-    graded_.wait();
   }
 
-  // Adds up what this task gets of the product; `room` is its own.
-  void add(int64_t task, Room* room) const {
-    float units[AS_MAX_BATCH];
-    for (int64_t b = 0; b < batch_; ++b) units[b] = unit_of(grades_ + b * blocks_, blocks_);
-    Place at;
-    at.victim = task;
-    int64_t begun = 0;
-    int now = 0;
-    bool more = fill(&at, units, &begun, &room->blocks[0]);
-    if (more) request_begin(room->blocks[0]);
-    while (more) {
-      const int64_t row = at.row, strip = at.item / lists_;
-      more = fill(&at, units, &begun, &room->blocks[now ^ 1]);
-      touch(task, strip);
-      const int64_t first = strip_begin(strip);
-      ops_->add(room->blocks[now], more ? &room->blocks[now ^ 1] : nullptr, room->coefficients,
-                sums(task, row) + first * tile_outputs, centres(task, row) + first * tile_groups);
-      now ^= 1;
+  // After every task has graded.
+  Units units() const {
+    graded_.wait();
+    Units u;
+    for (int64_t b = 0; b < batch_; ++b) u.of[b] = unit_of(magnitudes_ + b * blocks_, blocks_);
+    return u;
+  }
+
+  struct Place {
+    int64_t item = 0, row = -1, victim = 0;  // row -1: no item in hand
+  };
+
+  // The next block and row of which anything is read; false when there is none. `begun` counts the items.
+  bool fill(Place* at, const Units& units, int64_t* begun, Block* block) const {
+    for (;;) {
+      if (at->row >= 0 && at->row + 1 < batch_) {
+        ++at->row;
+      } else {
+        at->row = -1;
+        const int64_t item = claim(&at->victim);
+        if (item < 0) return false;
+        at->item = item;
+        at->row = 0;
+        ++*begun;
+      }
+      list(at->item, at->row, units.of[at->row], block);
+      if (block->kept[0]) return true;
     }
+  }
+
+  // Nobody has requested the first lines of a task's first block.
+  void request_begin(const Block& b) const {
+    for (int32_t k = 0; k < b.kept[0]; ++k) __builtin_prefetch(b.mantissa[k], 0, 2);
+    for (int p = 0; p < w_->planes; ++p)
+      for (int32_t k = 0; k < b.kept[p]; ++k) __builtin_prefetch(b.plane[k] + p * w_->plane_stride, 0, 2);
+  }
+
+  void add(int64_t task, const Place& at, const Block& block, const Block* next, int32_t* coefficients) const {
+    const int64_t strip = at.item / lists_, first = strip_begin(strip);
+    touch(task, strip);
+    ops_->add(block, next, coefficients, sums(task, at.row) + first * tile_outputs, centres(task, at.row) + first * tile_groups);
+  }
+
+  void finish(int64_t begun) const {
     if (begun) __atomic_fetch_add(&next_[tasks_].value, begun, __ATOMIC_ACQ_REL);
   }
 
-  // Turns the tasks' sums into outputs, once all of them are there.
-  void join(int64_t task) const {
-    wait_until(&next_[tasks_].value, strips_ * lists_);
-    float units[AS_MAX_BATCH];
-    for (int64_t b = 0; b < batch_; ++b) units[b] = unit_of(grades_ + b * blocks_, blocks_);
+  // Until everything is added up.
+  void wait() const { wait_until(&next_[tasks_].value, strips_ * lists_); }
+
+  // Calls work(quarter of a tile) for what this task gets of the outputs.
+  template <typename F>
+  void join(int64_t task, F&& work) const {
     for (int64_t i = 0; i < tasks_; ++i) {
       const int64_t part = (task + i) % tasks_;
       if (!joined_.take(part)) continue;
-      const Slice s = slice_of(tiles_, part, tasks_);
-      for (int64_t b = 0; b < batch_; ++b)
-        for (int64_t t = s.begin; t < s.end; ++t) join_tile(b, t, units[b]);
+      const Slice s = slice_of(4 * tiles_, part, tasks_);
+      for (int64_t q = s.begin; q < s.end; ++q) work(q);
       joined_.finish(part);
     }
+  }
+
+  // Turns the tasks' sums into outputs: 16 of each group of the quarter's tile. `combined` wants them, of this product.
+  template <typename F>
+  void join_quarter(int64_t quarter, const Units& units, F&& combined) const {
+    for (int64_t b = 0; b < batch_; ++b) join_row(b, quarter / 4, quarter % 4, units.of[b], combined);
   }
 
   void count(as_stats* stats) const {
@@ -145,9 +182,21 @@ class Packed {
   }
 
  private:
-  struct Place {
-    int64_t item = 0, row = -1, victim = 0;  // row -1: no item in hand
-  };
+  void grade_block(int64_t row, int64_t block, float norm_scale) const {
+    const int64_t at = row * blocks_ + block, first = block * block_columns, rest = p_->w->in - first;
+    const int64_t count = rest < block_columns ? rest : block_columns;
+    const float* x = p_->x.x + row * p_->x.stride + first;
+    float normed[block_columns];
+    if (p_->norm) {
+      const float* const stream = p_->stream->at + row * p_->stream->stride + first;
+      const float* const weight = p_->norm->weight ? p_->norm->weight + first : nullptr;
+      for (int64_t c = 0; c < count; ++c) normed[c] = stream[c] * norm_scale * (weight ? weight[c] : 1.0f);
+      x = normed;
+    }
+    const Grades g = ops_->grade(*w_, p_->w->in, x, first, count, coefficients_ + row * coefficient_stride_ + first);
+    grades_[at] = g;
+    magnitudes_[at] = {g.sum, g.top, int32_t(__builtin_popcountll(g.read[0])), 0};
+  }
 
   int64_t centre_stride() const { return (tiles_ * tile_groups + 15) / 16 * 16; }
   // A task's sums, then its centres. Lines of two tasks lie far enough apart that no core fetches another's as a neighbour.
@@ -157,37 +206,23 @@ class Packed {
   // Strips begin at whole fours of tiles: sixteen groups.
   int64_t strip_begin(int64_t strip) const { return strip == strips_ ? tiles_ : tiles_ * strip / strips_ / 4 * 4; }
 
-  // A strip's block that nobody has begun: of this task's own share, or when that is done, of another's.
+  // A strip's block that nobody has begun: of this task's own share, or when that is done, of another's. Shares known to be
+  // done are marked in one word, because looking at everybody's counter costs as much as a block.
   int64_t claim(int64_t* victim) const {
     const int64_t items = strips_ * lists_;
-    for (int64_t tries = 0; tries < tasks_; ++tries) {
+    int64_t* const done = &next_[tasks_ + 1].value;
+    for (int64_t tries = 0; tries < tasks_; ++tries, *victim = (*victim + 1) % tasks_) {
+      const int64_t bit = *victim < 64 ? int64_t(uint64_t(1) << *victim) : 0;
+      if (tries && __atomic_load_n(done, __ATOMIC_RELAXED) & bit) continue;
       const Slice s = slice_of(items, *victim, tasks_);
       int64_t* const next = &next_[*victim].value;
       if (__atomic_load_n(next, __ATOMIC_RELAXED) < s.size()) {
         const int64_t k = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
         if (k < s.size()) return s.begin + k;
       }
-      *victim = (*victim + 1) % tasks_;
+      if (bit) __atomic_fetch_or(done, bit, __ATOMIC_RELAXED);
     }
     return -1;
-  }
-
-  // The next block and row of which anything is read; false when there is none.
-  bool fill(Place* at, const float* units, int64_t* begun, Block* block) const {
-    for (;;) {
-      if (at->row >= 0 && at->row + 1 < batch_) {
-        ++at->row;
-      } else {
-        at->row = -1;
-        const int64_t item = claim(&at->victim);
-        if (item < 0) return false;
-        at->item = item;
-        at->row = 0;
-        ++*begun;
-      }
-      list(at->item, at->row, units[at->row], block);
-      if (block->kept[0]) return true;
-    }
   }
 
   void list(int64_t item, int64_t row, float unit, Block* block) const {
@@ -229,13 +264,6 @@ class Packed {
     }
   }
 
-  // Nobody has requested the first lines of a task's first block.
-  void request_begin(const Block& b) const {
-    for (int32_t k = 0; k < b.kept[0]; ++k) __builtin_prefetch(b.mantissa[k], 0, 2);
-    for (int p = 0; p < w_->planes; ++p)
-      for (int32_t k = 0; k < b.kept[p]; ++k) __builtin_prefetch(b.plane[k] + p * w_->plane_stride, 0, 2);
-  }
-
   void touch(int64_t task, int64_t strip) const {
     bool& touched = touched_[task * strips_ + strip];
     if (touched) return;
@@ -247,28 +275,41 @@ class Packed {
     }
   }
 
-  void join_tile(int64_t row, int64_t tile, float unit) const {
-    int32_t total[tile_outputs] = {}, centre[tile_groups] = {};
+  template <typename F>
+  void join_row(int64_t row, int64_t tile, int64_t field, float unit, F&& combined) const {
+    int32_t total[quarter_outputs] = {}, centre[tile_groups] = {};
     int64_t strip = tile * strips_ / tiles_;
     while (strip_begin(strip + 1) <= tile) ++strip;
     while (strip_begin(strip) > tile) --strip;
+    const int64_t at = tile * tile_outputs + field * quarter_outputs;
+    // Other cores' lines, all asked for before the first is needed.
     for (int64_t t = 0; t < tasks_; ++t) {
       if (!touched_[t * strips_ + strip]) continue;
-      const int32_t* const from = sums(t, row) + tile * tile_outputs;
-      for (int64_t k = 0; k < tile_outputs; ++k) total[k] += from[k];
+      for (int64_t k = 0; k < quarter_outputs; k += 16) __builtin_prefetch(sums(t, row) + at + k);
+      __builtin_prefetch(centres(t, row) + tile * tile_groups);
+    }
+    for (int64_t t = 0; t < tasks_; ++t) {
+      if (!touched_[t * strips_ + strip]) continue;
+      const int32_t* const from = sums(t, row) + at;
+      for (int64_t k = 0; k < quarter_outputs; ++k) total[k] += from[k];
       for (int64_t l = 0; l < tile_groups; ++l) centre[l] += centres(t, row)[tile * tile_groups + l];
     }
     const float scale = unit / float(1 << (2 * w_->planes));
-    float values[tile_outputs];
-    for (int64_t l = 0; l < tile_groups; ++l)
-      for (int64_t q = 0; q < 16; ++q)  // 4 f + k
-        for (int64_t j = 0; j < 4; ++j)
-          values[64 * l + 4 * q + j] = float(2 * total[16 * q + 4 * l + j] - centre[l]) * scale;
-    const int64_t first = tile * tile_outputs, rest = p_->w->out - first, n = rest < tile_outputs ? rest : tile_outputs;
-    float* const out = p_->out + row * p_->out_stride + first;
-    const float* const start = p_->w->bias;
-    for (int64_t o = 0; o < n; ++o) out[o] = start ? values[o] + start[first + o] : values[o];
-    if (p_->activation != no_activation) p_->isa->activate(p_->activation, out, n);
+    for (int64_t l = 0; l < tile_groups; ++l) {
+      const int64_t first = tile * tile_outputs + 64 * l + 16 * field, rest = p_->w->out - first, n = rest < 16 ? rest : 16;
+      if (n <= 0) return;
+      float values[16];
+      for (int64_t k = 0; k < 4; ++k)
+        for (int64_t j = 0; j < 4; ++j) values[4 * k + j] = float(2 * total[16 * k + 4 * l + j] - centre[l]) * scale;
+      if (const float* const start = p_->w->bias)
+        for (int64_t o = 0; o < n; ++o) values[o] += start[first + o];
+      if (p_->activation != no_activation) p_->isa->activate(p_->activation, values, n);
+      if (p_->onto)
+        p_->onto->raise(row, first, n, p_->onto_scale, values);
+      else
+        __builtin_memcpy(p_->out + row * p_->out_stride + first, values, size_t(n) * sizeof(float));
+      combined(row, first, n);
+    }
   }
 
   const Product* p_ = nullptr;
@@ -277,12 +318,38 @@ class Packed {
   int64_t batch_ = 0, tasks_ = 0, groups_ = 0, blocks_ = 0, tiles_ = 0, strips_ = 0, coefficient_stride_ = 0;
   int64_t span_ = 0, lists_ = 0;  // blocks of a list; lists of a strip
   Grades* grades_ = nullptr;       // [batch, blocks]
+  Magnitude* magnitudes_ = nullptr;
   float* coefficients_ = nullptr;  // [batch, stride]
   Claims graded_, joined_;
-  Counter* next_ = nullptr;  // of each task's share, and last how many blocks are done
+  Counter* next_ = nullptr;  // of each task's share, then how many blocks are done, and whose share is
   int32_t* sums_ = nullptr;  // of each task and row, with the centres
   bool* touched_ = nullptr;  // [tasks, strips]
 };
+
+constexpr int64_t together = 3;  // products of a region
+
+// Adds up what this task gets of the products, one after the other without a pause; `room` is its own.
+void add_up(const Packed* packed, const Units* units, int64_t count, int64_t task, Room* room) {
+  int64_t product = 0, begun[together] = {};
+  Packed::Place at;
+  at.victim = task;
+  const auto fill = [&](Block* block) {
+    for (; product < count; ++product, at = {0, -1, task})
+      if (packed[product].fill(&at, units[product], begun + product, block)) return true;
+    return false;
+  };
+  int now = 0;
+  bool more = fill(&room->blocks[0]);
+  if (more) packed[product].request_begin(room->blocks[0]);
+  while (more) {
+    const int64_t mine = product;
+    const Packed::Place here = at;
+    more = fill(&room->blocks[now ^ 1]);
+    packed[mine].add(task, here, room->blocks[now], more ? &room->blocks[now ^ 1] : nullptr, room->coefficients);
+    now ^= 1;
+  }
+  for (int64_t k = 0; k < count; ++k) packed[k].finish(begun[k]);
+}
 
 }  // namespace
 
@@ -297,77 +364,37 @@ int64_t packed_bytes(const as_matrix& w) {
   return w.in * groups_of(w) * (16 * static_cast<const as_packed*>(w.data)->planes + 1);
 }
 
-void run_packed(Product* const* products, int64_t count, int64_t batch, as_stats* stats) {
+void run_packed(Product* const* products, int64_t count, int64_t batch, as_stats* stats, const Gating* gating) {
   const Stopwatch watch(stats);
   int64_t most = 0;
   for (int64_t k = 0; k < count; ++k) most += packed_bytes(*products[k]->w) / 2;
   const int64_t tasks = tasks_for(most);
-  constexpr int64_t together = 3;
   Packed packed[together];
   for (int64_t k = 0; k < count; ++k) packed[k] = Packed(*products[k], batch, tasks);
   Room* const rooms = arena().take<Room>(tasks);
   parallel(tasks, [&](int64_t task) {
-    for (int64_t k = 0; k < count; ++k) packed[k].grade(task);
-    for (int64_t k = 0; k < count; ++k) packed[k].add(task, rooms + task);
-    for (int64_t k = 0; k < count; ++k) packed[k].join(task);
+    float norm_scales[AS_MAX_BATCH] = {};
+    if (products[0]->norm)
+      for (int64_t b = 0; b < batch; ++b) norm_scales[b] = products[0]->stream->norm_scale(b, products[0]->norm->eps);
+    for (int64_t k = 0; k < count; ++k) packed[k].grade(task, norm_scales);
+    Units units[together];
+    for (int64_t k = 0; k < count; ++k) units[k] = packed[k].units();
+    add_up(packed, units, count, task, rooms + task);
+    const auto nothing = [](int64_t, int64_t, int64_t) {};
+    if (gating) {
+      for (int64_t k = 0; k < count; ++k) packed[k].wait();
+      packed[0].join(task, [&](int64_t quarter) {
+        if (count == 2) packed[1].join_quarter(quarter, units[1], nothing);
+        packed[0].join_quarter(quarter, units[0], [&](int64_t row, int64_t first, int64_t n) { gating->gate(row, first, n); });
+      });
+      return;
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      packed[k].wait();
+      packed[k].join(task, [&](int64_t quarter) { packed[k].join_quarter(quarter, units[k], nothing); });
+    }
   });
   for (int64_t k = 0; k < count; ++k) packed[k].count(stats);
 }
 
-void packed_ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats) {
-  const bool gated = f.gate.data != nullptr;
-  const int64_t neurons = f.up.out, stride = padded(neurons);
-  float* const v = arena().take<float>(batch * stride);
-  float* const u = gated ? arena().take<float>(batch * stride) : nullptr;
-  Product products[2] = {prepare(gated ? f.gate : f.up, nullptr, x, x_stride, batch, v, stride), {}};
-  products[0].activation = f.activation;
-  if (gated) {
-    products[1] = prepare(f.up, nullptr, x, x_stride, batch, u, stride);
-    products[1].activation = f.up_activation;
-  }
-  run(products, gated ? 2 : 1, batch, stats);
-  // Values lie in the caches of the cores that computed them: a few tasks fetch them faster than one.
-  const int64_t tasks = tasks_for(8 * batch * neurons * int64_t(sizeof(float)));
-  parallel(tasks, [&](int64_t task) {
-    const Slice lines = slice_of((neurons + 15) / 16, task, tasks);
-    const int64_t end = lines.end * 16 < neurons ? lines.end * 16 : neurons;
-    for (int64_t b = 0; b < batch; ++b)
-      for (int64_t i = lines.begin * 16; i < end; ++i) {
-        const float g = v[b * stride + i], product = gated ? g * u[b * stride + i] : g;
-        const bool dropped = (f.gate_threshold && __builtin_fabsf(g) < f.gate_threshold[i]) ||
-                             (f.value_threshold && __builtin_fabsf(product) < f.value_threshold[i]);
-        v[b * stride + i] = dropped ? 0.0f : f.mean ? product - f.mean[i] : product;
-      }
-  });
-  Product down = prepare(f.down, nullptr, v, stride, batch, y, y_stride);
-  run(&down, 1, batch, stats);
-}
-
 }  // namespace actsparse
-
-using namespace actsparse;
-
-int32_t as_unpack(const as_matrix* w, int64_t begin, int64_t end, int32_t level, void* out, int32_t out_dtype) {
-  if (!w || !valid_matrix(*w) || w->dtype != AS_PACKED || !out || out_dtype < AS_F32 || out_dtype > AS_F16) return AS_EINVAL;
-  const as_packed& p = *static_cast<const as_packed*>(w->data);
-  if (begin < 0 || end < begin || end > w->in || level < 1 || level > p.planes) return AS_EINVAL;
-  try {
-    arena().reset();
-    const int64_t tasks = tasks_for((end - begin) * w->out * 2), stride = padded(w->out);
-    float* const rows = out_dtype == AS_F32 ? nullptr : arena().take<float>(tasks * stride);
-    const IsaOps& isa = ops();
-    const GradedOps& graded = graded_ops();
-    parallel(tasks, [&](int64_t task) {
-      const Slice s = slice_of(end - begin, task, tasks);
-      for (int64_t k = s.begin; k < s.end; ++k) {
-        char* const to = static_cast<char*>(out) + k * w->out * element_size(out_dtype);
-        float* const row = rows ? rows + task * stride : reinterpret_cast<float*>(to);
-        graded.unpack(p, w->out, begin + k, level, row);
-        if (rows) isa.narrow(out_dtype, row, to, w->out);
-      }
-    });
-  } catch (const std::bad_alloc&) {
-    return AS_ENOMEM;
-  }
-  return AS_OK;
-}

@@ -37,7 +37,7 @@ constexpr int64_t coefficient_room = (listed_columns / 4) * strip_tiles * tile_g
 
 struct GradedOps {
   const char* name;
-  // Grades `count` <= 64 columns of x from `first` on; coefficients[c] becomes (x - center) scale gain; 0: not read.
+  // Grades `count` <= 64 columns from `first` on, whose values are x[0], x[1], ...; coefficients[c] becomes (x - center) scale gain; 0: not read.
   Grades (*grade)(const as_packed& w, int64_t in, const float* x, int64_t first, int64_t count, float* coefficients);
   // sums[tile][field][k][16] += coefficient * code, centres[group] += coefficient * (2^S - 2^(S - bits read)). `next` is the
   // block to request while this one is multiplied, or NULL; `room` holds 2 * coefficient_room.

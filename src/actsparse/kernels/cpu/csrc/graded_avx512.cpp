@@ -70,7 +70,7 @@ Grades grade(const as_packed& w, int64_t in, const float* x, int64_t first, int6
   uint64_t read[max_planes] = {};
   for (int64_t c = 0; c < count; c += 16) {
     const __mmask16 here = count - c >= 16 ? __mmask16(0xffff) : __mmask16((1u << (count - c)) - 1u);
-    __m512 v = _mm512_maskz_loadu_ps(here, x + first + c);
+    __m512 v = _mm512_maskz_loadu_ps(here, x + c);
     if (w.center) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(here, w.center + first + c));
     const __m512 size = _mm512_and_ps(v, magnitude);
     const __m512i scale = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, w.scale + first + c));

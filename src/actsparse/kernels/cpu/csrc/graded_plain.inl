@@ -33,7 +33,7 @@ inline Grades grade_plain(const as_packed& w, int64_t in, const float* x, int64_
   uint64_t read[max_planes] = {};
   for (int64_t c = 0; c < count; ++c) {
     const int64_t i = first + c;
-    const float v = w.center ? x[i] - w.center[i] : x[i];
+    const float v = w.center ? x[c] - w.center[i] : x[c];
     int level = w.threshold ? 0 : w.planes;
     while (level < w.planes && !(__builtin_fabsf(v) < w.threshold[level * in + i])) ++level;
     for (int p = 0; p < level; ++p) read[p] |= uint64_t(1) << c;

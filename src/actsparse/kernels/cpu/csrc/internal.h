@@ -191,6 +191,19 @@ class Sums {
 
 constexpr int32_t no_activation = -1;
 
+// Residual streams [batch, stride] that packed products read under a norm and add to. Each 16 values come with the sum of their
+// squares, which whoever writes them adds up: so a norm needs neither a pass of its own nor everybody's lines.
+struct Stream {
+  static constexpr int64_t run = 16;
+  float* at;
+  int64_t stride, width;
+  double* squares;  // [batch, squares_stride]
+  int64_t squares_stride;
+  void measure(int64_t row, int64_t first, int64_t n) const;  // squares of the runs that begin in [first, first + n)
+  void raise(int64_t row, int64_t first, int64_t n, float scale, const float* values) const;  // one run
+  float norm_scale(int64_t row, float eps) const;             // of a root mean square norm
+};
+
 // One product y = W x~ + bias inside a region that may run several. `out` is [batch, out_stride] float32.
 struct Product {
   const as_matrix* w = nullptr;
@@ -204,7 +217,13 @@ struct Product {
   int64_t count = 0;  // rows to compute or columns to read; until the region is over, with a threshold: all of them
   float* out = nullptr;  // AS_ROWS: [batch, count]; AS_COLUMNS: [batch, out]
   int64_t out_stride = 0;
-  int32_t activation = no_activation;  // AS_ROWS: applied to each value once its bias is in
+  int32_t activation = no_activation;  // AS_ROWS and packed: applied to each value once its bias is in
+  // Packed only: x is `stream` under this norm, AS_RMS_NORM and one for all products of a region.
+  const as_norm* norm = nullptr;
+  const Stream* stream = nullptr;
+  // Packed only: the result, so often, is added to this stream instead of set in `out`.
+  const Stream* onto = nullptr;
+  float onto_scale = 1.0f;
   Segments segments;
   Sums sums;  // AS_COLUMNS
   // AS_ROWS: makes room for the copies, before the region, and in it fills the task's: [batch, padded(w->in)]. A copy each,
@@ -226,8 +245,16 @@ inline Product prepare(const as_matrix& w, const float* threshold, const float* 
 }
 // Computes all products in one parallel region (and one more for each large sum); adds the bytes read to stats.
 void run(Product* products, int64_t count, int64_t batch, as_stats* stats);
-// The same for packed matrices, at most three.
-void run_packed(Product* const* products, int64_t count, int64_t batch, as_stats* stats);
+// What becomes of the gate's and up's values where they are joined: v = what down multiplies.
+struct Gating {
+  const as_ffn* f;
+  float* v;        // [batch, stride], the gate's values, or up's where there is no gate
+  const float* u;  // up's, or NULL
+  int64_t stride;
+  void gate(int64_t row, int64_t first, int64_t n) const;
+};
+// The same for packed matrices, at most three, or with `gating` one or two of one shape.
+void run_packed(Product* const* products, int64_t count, int64_t batch, as_stats* stats, const Gating* gating = nullptr);
 bool valid_packed(const as_matrix& w);
 int64_t packed_bytes(const as_matrix& w);  // of all its planes and mantissas
 // Adds the time from its making to its end to the products' share of stats, unless that is NULL.
@@ -250,7 +277,9 @@ bool valid_ffn(const as_ffn& f);
 // x [batch, x_stride] and y [batch, y_stride] in float32.
 void ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats);
 
-// The block whose gate (if any), up and down are all packed.
-void packed_ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats);
+// The block whose gate (if any), up and down are all packed. With a norm it reads the stream under it instead of x; with `onto` it
+// adds to the stream, so often, instead of setting y.
+void packed_ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats,
+                const as_norm* norm = nullptr, const Stream* stream = nullptr, bool onto = false, float onto_scale = 1.0f);
 
 }  // namespace actsparse

@@ -1,4 +1,4 @@
-// Products of packed matrices with many rows: prompts.
+// Packed matrices unpacked: products with many rows, as in a prompt, and columns.
 #include <memory>
 #include <new>
 
@@ -95,3 +95,28 @@ int32_t as_many_rows(const as_matrix* w, const void* x, void* y, int64_t rows) {
 }
 
 int32_t as_has_many_rows(void) { return many_ops() != nullptr; }
+
+int32_t as_unpack(const as_matrix* w, int64_t begin, int64_t end, int32_t level, void* out, int32_t out_dtype) {
+  if (!w || !valid_matrix(*w) || w->dtype != AS_PACKED || !out || out_dtype < AS_F32 || out_dtype > AS_F16) return AS_EINVAL;
+  const as_packed& p = *static_cast<const as_packed*>(w->data);
+  if (begin < 0 || end < begin || end > w->in || level < 1 || level > p.planes) return AS_EINVAL;
+  try {
+    arena().reset();
+    const int64_t tasks = tasks_for((end - begin) * w->out * 2), stride = padded(w->out);
+    float* const rows = out_dtype == AS_F32 ? nullptr : arena().take<float>(tasks * stride);
+    const IsaOps& isa = ops();
+    const GradedOps& graded = graded_ops();
+    parallel(tasks, [&](int64_t task) {
+      const Slice s = slice_of(end - begin, task, tasks);
+      for (int64_t k = s.begin; k < s.end; ++k) {
+        char* const to = static_cast<char*>(out) + k * w->out * element_size(out_dtype);
+        float* const row = rows ? rows + task * stride : reinterpret_cast<float*>(to);
+        graded.unpack(p, w->out, begin + k, level, row);
+        if (rows) isa.narrow(out_dtype, row, to, w->out);
+      }
+    });
+  } catch (const std::bad_alloc&) {
+    return AS_ENOMEM;
+  }
+  return AS_OK;
+}

@@ -74,6 +74,28 @@ void Activations::widen(const IsaOps& isa, int64_t batch, int64_t n, int64_t beg
               end - begin);
 }
 
+void Stream::measure(int64_t row, int64_t first, int64_t n) const {
+  const float* const x = at + row * stride;
+  for (int64_t begin = first; begin < first + n && begin < width; begin += run) {
+    const int64_t end = begin + run < width ? begin + run : width;
+    double sum = 0.0;
+    for (int64_t i = begin; i < end; ++i) sum += double(x[i]) * double(x[i]);
+    squares[row * squares_stride + begin / run] = sum;
+  }
+}
+
+void Stream::raise(int64_t row, int64_t first, int64_t n, float scale, const float* values) const {
+  float* const x = at + row * stride + first;
+  for (int64_t i = 0; i < n; ++i) x[i] += scale * values[i];
+  measure(row, first, n);
+}
+
+float Stream::norm_scale(int64_t row, float eps) const {
+  double sum = 0.0;
+  for (int64_t k = 0; k * run < width; ++k) sum += squares[row * squares_stride + k];
+  return float(1.0 / __builtin_sqrt(sum / double(width) + double(eps)));
+}
+
 Kept::Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t segments,
            bool values)
     : isa_(&isa), x_(x), threshold_(threshold), batch_(batch), n_(n), segments_(segments) {
