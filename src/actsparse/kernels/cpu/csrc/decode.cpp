@@ -180,7 +180,7 @@ void decode(const Batch& batch, float* logits, as_stats* stats, int64_t stats_st
     isa.widen(d.positions.dtype, stored_at(d.positions, batch.position[b]), x.row(b), d.hidden);
     for (int64_t i = 0; i < d.hidden; ++i) to[i] += x.row(b)[i];
   }
-  const int64_t runs = padded((d.hidden + Stream::run - 1) / Stream::run);
+  const int64_t runs = padded(d.hidden / Stream::run);  // whole sixteens of them
   const Stream stream = {h.at, h.stride, d.hidden, scratch.take<double>(rows * runs), runs};
   const auto measure = [&] {
     for (int64_t b = 0; b < rows; ++b) stream.measure(b, 0, d.hidden);
