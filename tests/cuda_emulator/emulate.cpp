@@ -3,6 +3,7 @@
 #define ACTSPARSE_EMULATE
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -24,7 +25,7 @@ static Dim threadIdx, blockIdx, blockDim, gridDim;
 struct Copy {
   void* to;
   const void* from;
-  unsigned group;
+  unsigned group, bytes;
 };
 struct Copies {
   unsigned group = 0;
@@ -132,6 +133,10 @@ static float __shfl_xor_sync(uint32_t, float value, int mask) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+static int __shfl_xor_sync(uint32_t, int value, int mask) {
+  return emulate::exchange(value, (threadIdx.x & 31) ^ mask);
+}
+static int __shfl_sync(uint32_t, int value, int from) { return emulate::exchange(value, from); }
 static int __shfl_up_sync(uint32_t, int value, int offset) {
   const int lane = threadIdx.x & 31;
   return emulate::exchange(value, lane >= offset ? lane - offset : lane);
@@ -144,9 +149,22 @@ static uint32_t __ballot_sync(uint32_t, bool set) {
   emulate::wait_warp();
   return all;
 }
+static uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+  emulate::slots[emulate::current] = value;
+  emulate::wait_warp();
+  uint32_t most = 0;
+  for (int i = 0; i < 32; ++i) most = std::max(most, emulate::slots[emulate::current / 32 * 32 + i]);
+  emulate::wait_warp();
+  return most;
+}
 static int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 static uint32_t atomicAdd(uint32_t* at, uint32_t value) {
   const uint32_t before = *at;
+  *at += value;
+  return before;
+}
+static int atomicAdd(int* at, int value) {
+  const int before = *at;
   *at += value;
   return before;
 }
@@ -192,16 +210,16 @@ AS_DEVICE uint16_t narrow(float value) {
   return bits;
 #endif
 }
-#include "matrix.h"
 AS_DEVICE void wait_for_previous() {}
 AS_DEVICE void let_next_start() {}
 AS_DEVICE void wait_beside() {}
 AS_DEVICE void linger() {}
-AS_DEVICE void copy_async(void* to, const void* from) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) __builtin_trap();
+static void copy_later(void* to, const void* from, unsigned bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) __builtin_trap();
   Copies& mine = copies[emulate::current];
-  mine.waiting.push_back({to, from, mine.group});
+  mine.waiting.push_back({to, from, mine.group, bytes});
 }
+AS_DEVICE void copy_async(void* to, const void* from) { copy_later(to, from, 16); }
 AS_DEVICE void close_copies() { ++copies[emulate::current].group; }
 template <int PENDING>
 AS_DEVICE void wait_for_copies() {
@@ -209,7 +227,7 @@ AS_DEVICE void wait_for_copies() {
   size_t kept = 0;
   for (const Copy& copy : mine.waiting)
     if (copy.group + PENDING < mine.group)
-      std::memcpy(copy.to, copy.from, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
     else
       mine.waiting[kept++] = copy;
   mine.waiting.resize(kept);
@@ -218,6 +236,7 @@ AS_DEVICE void prefetch(const void*, uint32_t bytes) {
   if (bytes % 16) __builtin_trap();
 }
 
+#include "matrix.h"
 #include "primitives.cuh"
 #include "selection.cuh"
 #include "rows.cuh"
@@ -225,6 +244,7 @@ AS_DEVICE void prefetch(const void*, uint32_t bytes) {
 #include "attention.cuh"
 #include "depths.cuh"
 #include "planes.cuh"
+#include "unpack.cuh"
 #include "rounding.cuh"
 
 #define LAUNCHER(name, P)                                                                                     \
@@ -236,8 +256,6 @@ LAUNCHER(columns, Columns)
 LAUNCHER(finish, Finish)
 LAUNCHER(attention, Attention)
 LAUNCHER(embedding, Embedding)
-LAUNCHER(depths, Planes)
 LAUNCHER(planes, Planes)
-LAUNCHER(join, Join)
 LAUNCHER(unpack, Unpack)
 LAUNCHER(rounding, Rounding)

@@ -345,9 +345,12 @@ def _cuda_obstacle(model: Any, step: Step) -> str | None:
     for product in products:
         if isinstance(product, PACKED) and (obstacle := kernels.cuda.graded.obstacle_of(product.packed)):
             return str(obstacle)
+    plain = ""
     for layer in layers:
         packed = [isinstance(layer.product(name), PACKED) for name, _ in layer.family.projections]
         if any(packed):
+            if plain:
+                return f"layer {layer.index} is packed and {plain} is not, which the CUDA decode step does not take"
             if isinstance(layer.ffn, PackedFFN):
                 return (
                     f"layer {layer.index} has a gate's threshold on packed weights, which the CUDA decode step has not"
@@ -355,12 +358,15 @@ def _cuda_obstacle(model: Any, step: Step) -> str | None:
             if not all(packed):
                 return f"layer {layer.index} has packed and plain matrices, the CUDA decode step takes one kind"
             continue
+        plain = f"layer {layer.index} before it"
         gate, up, down = (layer.weight(name) for name in sites.FFN_PROJECTIONS)
         rules = layer.ffn.rules() if isinstance(layer.ffn, SparseFFN) else kernels.Rules(sites.activation_of(model))
         # A row of q's inputs, because feed-forward weights may be in the host's memory.
         obstacle = kernels.cuda.ffn_obstacle(layer.weight("q")[:1], gate, up, down, rules)
         if obstacle:
             return f"layer {layer.index}: {obstacle}"
+    if plain and isinstance(model.get_output_embeddings(), PACKED):
+        return f"the head is packed and {plain} is not, which the CUDA decode step does not take"
     return None
 
 

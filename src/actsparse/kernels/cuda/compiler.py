@@ -28,10 +28,10 @@ SOURCES = (
     "attention.cuh",
     "depths.cuh",
     "planes.cuh",
+    "unpack.cuh",
     "rounding.cuh",
 )
-KERNELS = ("rows", "columns", "finish", "attention", "embedding", "depths",
-           "planes", "join", "unpack", "rounding")  # fmt: skip
+KERNELS = ("rows", "columns", "finish", "attention", "embedding", "planes", "unpack", "rounding")
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 OLDEST = 80  # compute capability: bfloat16 arithmetic
 _SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN

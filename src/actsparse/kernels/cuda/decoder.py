@@ -268,11 +268,11 @@ class _Step:
         for layer in decoder.layer:
             self._arena.turn()
             self._attention(layer)
-            self._pending = self._ffn(layer)
+            self._ffn(layer)
         self._arena.turn()
         if isinstance(decoder.lm_head, PlaneMatrix):
-            (logits,) = graded.product(self._build, self._joined(decoder.final_norm), [decoder.lm_head])
-            graded.join(self._build, logits, decoder.logits)
+            x = self._plane_input(decoder.final_norm)
+            graded.product(self._build, x, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
         else:
             x = self._normalised(decoder.final_norm)
             self._build.rows_product(x, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
@@ -295,44 +295,45 @@ class _Step:
         self._pending = None
         return x
 
-    def _joined(self, norm: Norm) -> PlaneInput:
-        """The residual stream with what is pending added, under a norm, for packed matrices."""
-        before, after = self._streams
-        squares = self._build.scratch(graded.blocks_of(self._hidden))
-        graded.join(self._build, self._pending, after, before, squares)
-        self._streams, self._pending = [after, before], None
+    def _plane_input(self, norm: Norm) -> PlaneInput:
+        """The residual stream under a norm, for packed matrices."""
+        if self._pending is not None:
+            raise ValueError("packed matrices come after plain ones, expected one kind, or plain ones last")
         identity = ACTIVATIONS["identity"]
         return PlaneInput(
-            value=pointer(after), norm=pointer(norm.weight), squares=pointer(squares), splits=1, activation=identity,
-            second_activation=identity, parts=graded.blocks_of(self._hidden), size=self._hidden, eps=norm.eps,
+            value=pointer(self._streams[0]), norm=pointer(norm.weight), activation=identity, second_activation=identity,
+            size=self._hidden, eps=norm.eps,
         )  # fmt: skip
 
-    def _ffn(self, layer: Layer) -> Parts | None:
+    def _add_product(self, x: PlaneInput, matrix: PlaneMatrix, keep: tuple[Any, ...]) -> None:
+        """A packed matrix's product with x becomes part of the residual stream."""
+        before, after = self._streams
+        graded.product(self._build, x, [matrix], residual=before, out=after, keep=keep)
+        self._streams = [after, before]
+
+    def _ffn(self, layer: Layer) -> None:
         ffn, build = layer.ffn, self._build
         if isinstance(ffn.up, Matrix):
             assert isinstance(ffn.down, Matrix)
             assert ffn.gate is None or isinstance(ffn.gate, Matrix)
-            return build.ffn(self._normalised(layer.post_norm), ffn.gate, ffn.up, ffn.down, ffn.rules, None)
+            self._pending = build.ffn(self._normalised(layer.post_norm), ffn.gate, ffn.up, ffn.down, ffn.rules, None)
+            return
         first = [matrix for matrix in (ffn.gate, ffn.up) if isinstance(matrix, PlaneMatrix)]
-        results = graded.product(build, self._joined(layer.post_norm), first)
-        value, second = results[0], results[1] if len(results) > 1 else None
+        results = graded.product(build, self._plane_input(layer.post_norm), first)
         inner = PlaneInput(
-            value=pointer(value.values), second=pointer(second.values) if second else None, splits=value.splits,
-            second_splits=second.splits if second else 0, activation=ACTIVATIONS[ffn.rules.activation],
-            second_activation=ACTIVATIONS[ffn.rules.up_activation], size=ffn.up.out,
+            value=pointer(results[0]), second=pointer(results[1]) if len(results) > 1 else None,
+            activation=ACTIVATIONS[ffn.rules.activation], second_activation=ACTIVATIONS[ffn.rules.up_activation],
+            size=ffn.up.out,
         )  # fmt: skip
         assert isinstance(ffn.down, PlaneMatrix)
-        return graded.product(build, inner, [ffn.down], keep=(results,))[0]
+        self._add_product(inner, ffn.down, (results,))
 
     def _attention(self, layer: Layer) -> None:
         decoder, build = self._decoder, self._build
         packed = [matrix for matrix in (layer.q, layer.k, layer.v) if isinstance(matrix, PlaneMatrix)]
         if packed:
-            (side_by_side,) = graded.product(build, self._joined(layer.input_norm), packed, together=True)
-            together = build.scratch(side_by_side.size)
-            graded.join(build, side_by_side, together)
-            sizes = [matrix.out for matrix in packed]
-            q, k, v = (Parts(part, 1, part.numel()) for part in together[: sum(sizes)].split(sizes))
+            vectors = graded.product(build, self._plane_input(layer.input_norm), packed)
+            q, k, v = (Parts(vector, 1, matrix.out) for vector, matrix in zip(vectors, packed, strict=True))
         else:
             x = self._normalised(layer.input_norm)
             sites = {
@@ -370,9 +371,9 @@ class _Step:
         if isinstance(layer.o, PlaneMatrix):
             identity = ACTIVATIONS["identity"]
             inner = PlaneInput(
-                value=pointer(y), splits=1, activation=identity, second_activation=identity, size=attended.size
+                value=pointer(y), activation=identity, second_activation=identity, size=attended.size
             )
-            self._pending = graded.product(build, inner, [layer.o], keep=(y,))[0]
+            self._add_product(inner, layer.o, (y,))
             return
         self._pending = self._products(
             input_of(attended, attended.size), {"o": (layer.o, layer.o_threshold)}, prefetch=True

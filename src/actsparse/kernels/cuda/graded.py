@@ -1,6 +1,6 @@
 """Packed matrices on a GPU: products by levels for 1 to 8 rows, and unpacked weights for more.
 
-Letters: B rows of x, I inputs, O outputs, L planes, S splits, T tiles.
+Letters: B rows of x, I inputs, O outputs, L planes, T tiles.
 """
 
 from __future__ import annotations
@@ -18,15 +18,10 @@ from .. import planes
 from . import compiler
 from .launches import MAX_BATCH, Builder, Machine
 from .products import Run, machine_of
-from .structures import Finish, Launch, Parts, pointer, vector
+from .structures import Launch, pointer, vector
 from .tiles import TILE, Tiles, packed_of
 
-THREADS = 256
-_LOOK = 4 * THREADS  # columns of a split at most: one block lists their entries
-_SHARES = 3
-_PRODUCT_THREADS = 64 * _SHARES
-_RING_BYTES = _PRODUCT_THREADS // 32 * 5 * 32 * 68  # of each warp: 5 stages of 32 entries
-_LEAST_SLICE = 64  # columns of a block: fewer do not pay for its beginning
+_LEAST_SHARE = 16  # quads of columns of a block: fewer do not pay for its beginning
 # Unpacked weights that are held at a time, for many rows.
 _SCRATCH_BYTES = 256 << 20
 
@@ -39,12 +34,8 @@ class PlaneInput(Structure):
         ("value", c_void_p),
         ("second", c_void_p),
         ("norm", c_void_p),
-        ("squares", c_void_p),
-        ("splits", c_int32),
-        ("second_splits", c_int32),
         ("activation", c_int32),
         ("second_activation", c_int32),
-        ("parts", c_int32),
         ("size", c_int32),
         ("eps", c_float),
     ]
@@ -54,22 +45,13 @@ class PlaneJob(Structure):
     """One packed matrix of a launch."""
 
     _fields_ = [
-        ("codes", c_void_p),
-        ("mantissa", c_void_p),
-        ("scale", c_void_p),
-        ("threshold", c_void_p),
-        ("center", c_void_p),
-        ("start", c_void_p),
-        ("y", c_void_p),
-        ("run", c_void_p),
-        ("factor", c_void_p),
-        ("unit", c_void_p),
-        ("count", c_void_p),
+        *((name, c_void_p) for name in (
+            "codes", "mantissa", "scale", "threshold", "center", "start", "residual", "y", "rounded",
+        )),
         ("gain", c_float * 4),
-        ("stride", c_int64),
         ("out", c_int32),
         ("begin", c_int32),
-    ]
+    ]  # fmt: skip
 
 
 class Planes(Structure):
@@ -78,26 +60,13 @@ class Planes(Structure):
     _fields_ = [
         ("input", PlaneInput),
         ("job", PlaneJob * 3),
-        ("jobs", c_int32),
-        ("rows", c_int32),
-        ("slice", c_int32),
-        ("planes", c_int32),
-        ("inverse", c_uint32),
-        ("room", c_int32),
-    ]
-
-
-class Join(Structure):
-    """A sum of parts and a residual."""
-
-    _fields_ = [
         ("parts", c_void_p),
-        ("residual", c_void_p),
-        ("y", c_void_p),
-        ("squares", c_void_p),
-        ("splits", c_int32),
-        ("size", c_int32),
-    ]
+        ("arrived", c_void_p),
+        *((name, c_int32) for name in (
+            "jobs", "rows", "planes", "blocks", "quads", "total", "share", "segments",
+        )),
+        ("inverse", c_uint32),
+    ]  # fmt: skip
 
 
 class Unpack(Structure):
@@ -169,75 +138,87 @@ def obstacle_of(tiles: object) -> str:
 
 
 def product(
-    build: Builder, x: PlaneInput, matrices: Sequence[PlaneMatrix], *, splits: int = 0, together: bool = False,
-    keep: tuple[Any, ...] = (),
-) -> list[Parts]:  # fmt: skip
-    """Every matrix's product with x, in parts: one vector for each, or one for all, side by side, if ``together``."""
+    build: Builder, x: PlaneInput, matrices: Sequence[PlaneMatrix], *, residual: Tensor | None = None,
+    out: Tensor | None = None, rounded: Tensor | None = None, blocks: int = 0, keep: tuple[Any, ...] = (),
+) -> list[Tensor]:  # fmt: skip
+    """Every matrix's product with x, float32 [B, O] each.
+
+    A single one is added to the ``residual`` [B, O] and comes into ``out``, or in 16 bits into ``rounded``.  ``blocks`` 0
+    chooses by shape.
+    """
     rows, size, levels = build.rows, x.size, {len(matrix.tiles.gains) for matrix in matrices}
     if len(levels) != 1 or any(matrix.inn != size for matrix in matrices):
         raise ValueError("packed matrices of one input differ in bits stored or in inputs")
-    (planes_stored,) = levels
-    count = sum(matrix.tiles.codes.shape[0] for matrix in matrices)
-    splits = splits or max(1, 2 * build.machine.processors // count)
-    slice_ = min(_LOOK, max(_LEAST_SLICE, -(-size // splits) + 3 & ~3))
-    splits, room, compiled = -(-size // slice_), slice_ * planes_stored, build.compiled
-    total = sum(matrix.out for matrix in matrices)
-    whole = build.scratch(splits * rows * total) if together and len(matrices) > 1 else None
-    jobs, results, begin, offset = (PlaneJob * 3)(), [], 0, 0
+    (stored,) = levels
+    tiles = sum(matrix.tiles.codes.shape[0] for matrix in matrices)
+    threads, cut = _cut(build, size // 4, tiles, stored, blocks)
+    jobs, results, begin = (PlaneJob * 3)(), [], 0
     for at, matrix in enumerate(matrices):
-        tiles = matrix.tiles
-        y = build.scratch(splits * rows * matrix.out) if whole is None else whole[offset:]
-        if whole is None:
-            results.append(Parts(y, splits, matrix.out))
-        lists = (
-            build.scratch(splits * room, torch.int32), build.scratch(-(-splits * compiled * room // 2), torch.int32),
-            build.scratch(splits * compiled), build.scratch(splits, torch.int32),
-        )  # fmt: skip
+        y = out if out is not None or rounded is not None else build.scratch(rows * matrix.out)
+        results.append(y if y is not None else rounded)
+        held = matrix.tiles
         jobs[at] = PlaneJob(
-            pointer(tiles.codes), pointer(tiles.mantissa), pointer(tiles.scale), pointer(matrix.thresholds),
-            pointer(matrix.center), pointer(matrix.start), pointer(y), *map(pointer, lists), (c_float * 4)(*tiles.gains),
-            matrix.out if whole is None else total, matrix.out, begin,
+            pointer(held.codes), pointer(held.mantissa), pointer(held.scale), pointer(matrix.thresholds),
+            pointer(matrix.center), pointer(matrix.start), pointer(residual), pointer(y),
+            pointer(rounded) if y is None else None, (c_float * 4)(*held.gains), matrix.out, begin,
         )  # fmt: skip
-        begin, offset, keep = begin + tiles.codes.shape[0], offset + matrix.out, (*keep, matrix, y, lists)
-    if whole is not None:
-        results.append(Parts(whole, splits, total))
-    inverse = -(-(1 << 32) // planes_stored)
-    p = Planes(x, jobs, len(matrices), rows, slice_, planes_stored, inverse, room)
-    look = 4 * (8 * compiled + 16 + 5 * THREADS * compiled)
-    build.launches.append(Launch("depths", (len(matrices), splits), THREADS, look, p, keep))
-    bytes_ = max(4 * _SHARES * compiled * TILE, _RING_BYTES)
-    build.launches.append(Launch("planes", (begin, splits), _PRODUCT_THREADS, bytes_, p, keep))
-    return results
-
-
-def join(
-    build: Builder, parts: Parts | None, y: Tensor, residual: Tensor | None = None, squares: Tensor | None = None
-) -> None:
-    """y = residual + the sum of the parts (one row); ``squares`` [blocks] gets parts of the sum of y's squares."""
-    p = Join(
-        pointer(parts.values) if parts else None, pointer(residual), pointer(y), pointer(squares),
-        parts.splits if parts else 0, y.numel(),
+        begin, keep = begin + held.codes.shape[0], (*keep, matrix, y)
+    parts, arrived = build.scratch((cut.blocks + tiles) * rows * TILE), build.counters(tiles)
+    p = Planes(
+        x, jobs, pointer(parts), pointer(arrived), len(matrices), rows, stored, cut.blocks, size // 4, tiles * (size // 4),
+        cut.share, cut.segments, -(-(1 << 32) // stored),
     )  # fmt: skip
-    build.launches.append(Launch("join", (blocks_of(y.numel()), 1), 256, 4096, p, (parts, residual, y, squares)))
+    build.launch("planes", threads, cut.bytes, p, (keep, parts, arrived, residual, rounded), cut.blocks)
+    return [result for result in results if result is not None]
 
 
-def blocks_of(size: int) -> int:
-    """Blocks that join ``size`` values."""
-    return -(-size // 128)
+@dataclass(frozen=True)
+class _Cut:
+    """How many blocks share the columns of all tiles; a block's quads, tiles and shared memory in bytes, at most."""
+
+    blocks: int
+    share: int
+    segments: int
+    bytes: int
+
+
+def _cut(build: Builder, quads: int, tiles: int, stored: int, blocks: int) -> tuple[int, _Cut]:
+    """A block's threads, and a block for every multiprocessor, or as many for each as their lists need."""
+    rows, total, limit = build.compiled, tiles * quads, build.machine.shared_bytes
+    threads, halves = 512 if rows <= 4 else 256, 2 if rows <= 2 else 1
+    stages = {1: 3, 2: 4}.get(rows, 6)
+    ring = max(rows * threads * 20, threads // 32 * stages * halves * 512)
+
+    def cut(blocks: int) -> _Cut:
+        share = -(-total // blocks) + 1 & ~1  # even: what lies behind the lists is aligned
+        segments = min(tiles, -(-share // quads) + 1)
+        entries = 4 * share * stored + 8 * segments
+        floats = (rows + 1) * (threads // 32 + 1) + 3 * segments + 1
+        return _Cut(
+            blocks, share, segments,
+            ring + entries * (4 * rows + 2) + 32 * share + segments * (4 * rows * TILE + 8) + 4 * floats,
+        )  # fmt: skip
+
+    if blocks:
+        return threads, cut(blocks)
+    # Room for two of them, where that is to be had: the next kernel's beside this one's.
+    if rows == 1 and limit >= 160 << 10:
+        limit = limit // 2 - 1024
+    made = cut(min(build.machine.processors, max(1, total // _LEAST_SHARE)))
+    while made.share > threads or made.bytes > limit:
+        made = cut(made.blocks + build.machine.processors)
+    return threads, made
 
 
 def linear(
-    x: Tensor, matrix: PlaneMatrix, *, machine: Machine | None = None, run: Run = compiler.run, splits: int = 0
+    x: Tensor, matrix: PlaneMatrix, *, machine: Machine | None = None, run: Run = compiler.run, blocks: int = 0
 ) -> Tensor:
     """y = start + sum over i of (x_i - center_i) W_b(i)[:, i]; x [..., I] of 16 bits, 1 to 8 rows."""
     rows = x.numel() // x.shape[-1]
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], matrix.out))
     build = Builder(machine or machine_of(x), x.device, rows)
-    given = PlaneInput(x=pointer(x), size=matrix.inn)
-    (parts,) = product(build, given, [matrix], splits=splits)
-    f = Finish(parts.values.data_ptr(), y.data_ptr(), rows * matrix.out, parts.splits)
-    build.launches.append(Launch("finish", (-(-rows * matrix.out // 256), 1), 256, 0, f, (parts, y)))
+    product(build, PlaneInput(x=pointer(x), size=matrix.inn), [matrix], rounded=y, blocks=blocks)
     run(build.launches, x.device, x.dtype, rows)
     return y
 

@@ -182,11 +182,18 @@ class Builder:
         self.machine, self.device, self.rows = machine, device, rows
         self.compiled = compiled_rows(rows)
         self.launches: list[Launch] = []
+        self._counters: Tensor | None = None
         self._empty = empty or (lambda count, dtype: torch.empty(count, dtype=dtype, device=device))
 
     def scratch(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for results."""
         return self._empty(count + 3 & ~3, dtype)
+
+    def counters(self, count: int) -> Tensor:
+        """int32 zeros, which every launch leaves as zeros: one after the other uses the same."""
+        if self._counters is None or self._counters.numel() < count:
+            self._counters = torch.zeros(count, dtype=torch.int32, device=self.device)
+        return self._counters
 
     def rows_product(
         self,

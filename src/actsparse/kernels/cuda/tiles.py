@@ -1,8 +1,8 @@
 """Packed matrices in the order that a GPU reads: the format's codes (``docs/format.md``), bytes in another order.
 
 Outputs form tiles of 512, eight groups each; a tile holds of every column one record of L runs of 128 bytes, the tile's part of
-each plane.  A run is [half 2][r 8][group 4][h 2], byte (half, r, group, h) being byte 2 r + h of that group: so each thread of
-a warp gets, with one 8-byte load, the same two bytes of four groups, which is what tensor cores want.
+each plane.  A run is [g 8][half 2][e 2][j 4], byte (g, half, e, j) being byte 2 g + e of group 4 half + j: each thread of a warp
+gets, with one 16-byte load, two words of each half, whose bytes belong to four groups.  A column's mantissas are [j 4][half 2].
 
 Letters: O outputs, I inputs, G groups, L planes, T tiles.
 """
@@ -73,16 +73,16 @@ def tiles_of(packed: Packed, device: torch.device | str | None = None) -> Tiles:
     inputs, groups, levels = packed.inputs, packed.groups, len(packed.planes)
     tiles = -(-packed.out // TILE)
     padded = tiles * _GROUPS
-    codes = torch.empty(tiles, inputs, levels, 2, 8, 4, 2, dtype=torch.uint8, device=device)
+    codes = torch.empty(tiles, inputs, levels, 8, 2, 2, 4, dtype=torch.uint8, device=device)
     for number, plane in enumerate(packed.planes):
-        # [I, G, r, h]; a column's groups are filled up to whole tiles.
+        # [I, G, g, e]; a column's groups are filled up to whole tiles.
         moved = _moved(plane, device).reshape(inputs, groups, 8, 2)
         if padded > groups:
             moved = torch.cat([moved, moved.new_zeros(inputs, padded - groups, 8, 2)], 1)
-        codes[:, :, number] = moved.view(inputs, tiles, 2, 4, 8, 2).permute(1, 0, 2, 4, 3, 5)
+        codes[:, :, number] = moved.view(inputs, tiles, 2, 4, 8, 2).permute(1, 0, 4, 2, 5, 3)
     mantissa = torch.zeros(inputs, padded, dtype=torch.uint8, device=device)
     mantissa[:, :groups] = _moved(packed.mantissa, device)
-    mantissa = mantissa.view(inputs, tiles, _GROUPS).permute(1, 0, 2).contiguous()
+    mantissa = mantissa.view(inputs, tiles, 2, 4).permute(1, 0, 3, 2).reshape(tiles, inputs, _GROUPS)
     scale, gain = packed.scale.to(device).contiguous(), packed.gain.to(device).contiguous()
     return Tiles(packed.out, codes.view(tiles, inputs, levels, RUN), mantissa, scale, gain, tuple(packed.gain.tolist()))
 
@@ -92,12 +92,13 @@ def packed_of(tiles: Tiles, device: torch.device | str | None = None) -> Packed:
     device = tiles.codes.device if device is None else torch.device(device)
     count, inputs, levels, _ = tiles.codes.shape
     groups = tiles.groups
-    split = tiles.codes.view(count, inputs, levels, 2, 8, 4, 2)
+    split = tiles.codes.view(count, inputs, levels, 8, 2, 2, 4)
     planes = tuple(
-        split[:, :, number].permute(1, 0, 2, 4, 3, 5).reshape(inputs, -1)[:, : 16 * groups].contiguous().to(device)
+        split[:, :, number].permute(1, 0, 3, 5, 2, 4).reshape(inputs, -1)[:, : 16 * groups].contiguous().to(device)
         for number in range(levels)
     )
-    mantissa = tiles.mantissa.permute(1, 0, 2).reshape(inputs, -1)[:, :groups].contiguous().to(device)
+    mantissa = tiles.mantissa.view(count, inputs, 4, 2).permute(1, 0, 3, 2).reshape(inputs, -1)
+    mantissa = mantissa[:, :groups].contiguous().to(device)
     return Packed(tiles.out, mantissa, planes, tiles.scale.to(device), tiles.gain.to(device))
 
 

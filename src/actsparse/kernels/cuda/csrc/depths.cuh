@@ -1,16 +1,26 @@
-// Columns read to a depth each, of nested codes (docs/format.md), on tensor cores.  Letters: B rows of x, I inputs, O outputs,
-// L planes, S splits.
+// Columns read to a depth each, of nested codes (docs/format.md), on 8-bit tensor cores.  Letters: B rows of x, I inputs, O
+// outputs, L planes.
 //
 // A matrix lies in tiles of 512 outputs; a tile holds of every column one record of L runs, a run being 128 bytes: the tile's
-// part of one plane.  A tile has two halves of four groups; the run's bytes are ordered [half 2][r 8][group 4][h 2], byte
-// (half, r, group, h) being byte 2 r + h of that group in the format.  Mantissas are [tile, I, 8].
+// part of one plane.  A tile has two halves of four groups; the run's bytes are ordered [g 8][half 2][e 2][j 4], byte
+// (g, half, e, j) being byte 2 g + e of group (half, j) in the format: a lane's 16 bytes are four words.  Mantissas are
+// [tile, I, j 4, half 2].
 //
-// Every (column, plane) that is read is an entry: the planes' terms (code - 3/2) 4^-p add up to the weight.  Two bits of a
-// 16-bit word, masked where they stand, are a subnormal half: that is all the unpacking there is, and sums are corrected by a
-// power of two at the end.  The sixteen rows of a tensor core's product are outputs, its depth entries, its columns rows of x,
-// so that eight rows cost what one does.  Factors x mantissa are halves relative to the block's largest; sums are float32, in
-// a fixed order.
-constexpr int RUN = 128, PLANE_TILE = 512, SHARES = 3, LOOK = 1024, MOST_PLANES = 4;
+// Every (column, plane) that is read is an entry: the planes' terms (code - 3/2) 4^-p add up to the weight.  The rows of a
+// tensor core's product are a half's sixteen words, its depth is entry (of eight) times byte of the word, its columns are byte
+// j' times high or low byte of a coefficient, which is zero where j is not j': so a word of codes, masked where it stands, is an
+// operand, and coefficients have 16 bits, relative to the largest of the block.  A block's sums are exact integers.
+//
+// Blocks take even shares of the columns of all tiles in a row, so a block may end one tile and begin the next; the last block
+// of a tile to arrive adds the others' parts up, in their order.
+constexpr int RUN = 128, PLANE_TILE = 512, MOST_PLANES = 4;
+constexpr int PLANE_THREADS = B <= 4 ? 512 : 256, PLANE_WARPS = PLANE_THREADS / 32;
+constexpr int HALVES = B <= 2 ? 2 : 1;  // of a tile, by one warp: more rows have more sums
+constexpr int STAGES = B == 1 ? 3 : B == 2 ? 4 : 6, STAGE_BYTES = HALVES * 512;  // of a warp's copies under way
+constexpr int FOUND_BYTES = B * PLANE_THREADS * 20, COPY_BYTES = PLANE_WARPS * STAGES * STAGE_BYTES;
+constexpr int RING_BYTES = FOUND_BYTES > COPY_BYTES ? FOUND_BYTES : COPY_BYTES;
+constexpr float MOST_FACTOR = 8355000.0f;  // times 255 below 2^31 - 2^24
+constexpr float LEAST_TOP = 1.0e-30f;
 
 #ifndef ACTSPARSE_EMULATE
 AS_DEVICE u32 as_bits(float v) { return __float_as_uint(v); }
@@ -21,36 +31,28 @@ AS_DEVICE uint2 load_codes(const unsigned char* at) {
   return v;
 }
 
-AS_DEVICE u32 load_mantissas(const unsigned char* at) {
-  u32 v;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(at));
+AS_DEVICE uint2 load_mantissas(const unsigned char* at) {
+  uint2 v;
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
   return v;
 }
 
-// Copies into shared memory that go on in the background, in groups.
-AS_DEVICE void copy_ahead16(unsigned char* to, const unsigned char* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+// What another block of the same launch has written.
+AS_DEVICE float load_fresh(const float* at) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(at));
+  return v;
 }
 
-AS_DEVICE void copy_ahead4(unsigned char* to, const unsigned char* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-
-AS_DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until at most LATER groups are under way.
-template <int LATER>
-AS_DEVICE void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
-}
-
-// The compiler forgets how an address came about, and keeps it.
-AS_DEVICE const unsigned char* settled(const unsigned char* at) {
-  asm volatile("" : "+l"(at));
-  return at;
+AS_DEVICE void copy_async8(void* to, const void* from) {
+  const u32 at = (u32)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
 }
 
 AS_DEVICE u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
+
+// Rounded; not a number becomes 0.
+AS_DEVICE int to_integer(float v) { return __float2int_rn(v); }
 
 AS_DEVICE u32 select_bytes(u32 low, u32 high, u32 selector) {
   u32 v;
@@ -58,43 +60,27 @@ AS_DEVICE u32 select_bytes(u32 low, u32 high, u32 selector) {
   return v;
 }
 
-AS_DEVICE u16 to_half(float value) {
-  u16 bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-
-AS_DEVICE u32 half2_multiply(u32 a, u32 b) {
-  u32 v;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+// sum plus the four signed bytes of a word.
+AS_DEVICE int add_bytes(u32 word, int sum) {
+  int v;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(0x01010101), "r"(sum));
   return v;
 }
 
-AS_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
-  u32 v;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
-  return v;
-}
-
-// sum[16, 8] += a[16, 16] b[16, 8] by one warp.
-AS_DEVICE void multiply_tile(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+// sum[16, 8] += a[16, 32] b[32, 8] by one warp, of unsigned and signed bytes.
+AS_DEVICE void multiply_tile(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 #endif
 
-// The power of two at or under a magnitude, and one over a power of two: exact.
-AS_DEVICE float exponent_of(float v) { return as_float(as_bits(v) & 0x7f800000u); }
-AS_DEVICE float one_over(float power) { return as_float(0x7f000000u - as_bits(power)); }
-
 struct PlaneInput {         // x
   const u16* x;             // [B, I], or
-  const float* value;       // [S, B, I] summed, then activated and multiplied by
-  const float* second;      // [S, B, I] summed and activated
-  const float* norm;        // RMSNorm weight [I]; with
-  const float* squares;     // parts of the sum of x's squares
-  int splits, second_splits, activation, second_activation, parts, size;
+  const float* value;       // [B, I] activated and multiplied by
+  const float* second;      // [B, I] activated
+  const float* norm;        // RMSNorm weight [I], for a value of one row
+  int activation, second_activation, size;
   float eps;
 };
 
@@ -105,22 +91,23 @@ struct PlaneJob {           // one matrix
   const float* threshold;   // [L, I]; null: every plane is read
   const float* center;      // [I]
   const float* start;       // [O]
-  float* y;                 // [S, B, stride]
-  u32* run;                 // [S, room] the entries: column * L + plane; a split's are a multiple of four
-  u16* factor;              // [S, B, room] halves, relative to
-  float* unit;              // [S, B] powers of two
-  int* count;               // [S] entries
+  const float* residual;    // [B, O]
+  float* y;                 // [B, O], or
+  u16* rounded;             // [B, O]
   float gain[MOST_PLANES];
-  i64 stride;
   int out, begin;           // outputs; first tile
 };
 
 struct Planes {
   PlaneInput input;
   PlaneJob job[3];
-  int jobs, rows, slice, planes;  // slice: columns of a split, a multiple of four, at most LOOK
+  float* parts;             // [blocks + tiles, B, 512]
+  u32* arrived;             // [tiles], 0 before and after
+  int jobs, rows, planes, blocks;
+  int quads;                // I / 4
+  int total;                // tiles of all jobs times quads: blocks have shares of this, of at most PLANE_THREADS
+  int share, segments;      // quads and tiles that a block may meet
   u32 inverse;              // 2^32 / L, rounded up
-  int room;                 // slice * L
 };
 
 AS_DEVICE const PlaneJob& plane_job_of(const Planes& p, int tile) {
@@ -147,33 +134,23 @@ AS_DEVICE Constants constants_of(const Planes& p, const PlaneJob& job, int i) {
   return c;
 }
 
-AS_DEVICE float4 summed(const float* parts, int splits, i64 apart) {
-  float4 v = quad_at(parts, 0);
-#pragma unroll 4
-  for (int s = 1; s < splits; ++s) {
-    const float4 part = quad_at(parts + s * apart, 0);
-    v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
-  }
-  return v;
-}
-
 AS_DEVICE float4 activated(int code, float4 v) {
   return make_float4(activate(code, v.x), activate(code, v.y), activate(code, v.z), activate(code, v.w));
 }
 
-AS_DEVICE float4 plane_input(const PlaneInput& in, int rows, int b, int i) {
+AS_DEVICE float4 plane_input(const PlaneInput& in, int b, int i) {
+  const i64 at = (i64)b * in.size + i;
   if (in.x) {
-    const u32* const from = reinterpret_cast<const u32*>(in.x + (i64)b * in.size + i);
+    const u32* const from = reinterpret_cast<const u32*>(in.x + at);
     float4 v;
     widen2(from[0], v.x, v.y);
     widen2(from[1], v.z, v.w);
     return v;
   }
-  const i64 at = (i64)b * in.size + i, apart = (i64)rows * in.size;
-  float4 v = summed(in.value + at, in.splits, apart);
+  float4 v = quad_at(in.value + at, 0);
   if (in.activation != 5) v = activated(in.activation, v);
   if (in.second) {
-    float4 u = summed(in.second + at, in.second_splits, apart);
+    float4 u = quad_at(in.second + at, 0);
     if (in.second_activation != 5) u = activated(in.second_activation, u);
     v.x *= u.x, v.y *= u.y, v.z *= u.z, v.w *= u.w;
   }
@@ -208,52 +185,88 @@ AS_DEVICE Depth depth_of(const Planes& p, const PlaneJob& job, const Constants& 
   return d;
 }
 
-constexpr float LEAST_UNIT = 7.8886090522101181e-31f;  // 2^-100
+struct PlaneRoom {          // a block's shared memory
+  unsigned char* ring;      // [warps, STAGES, STAGE_BYTES]
+  float4* found;            // [B, threads] factors, and
+  u32* depth;               // [B, threads] levels, a byte each: in the ring's place
+  int* factor;              // [B, entries] of an entry
+  u16* run;                 // [entries] column * L + plane, from the block's first column on
+  unsigned char* mantissa;  // [columns, 8]
+  int* result;              // [segments, B, 512]
+  const unsigned char** base;  // [segments] the block's first column's codes, as if it were of that segment's matrix
+  u32* most;                // [B, warps]
+  int* count;               // [warps]
+  float* unit;              // [B]
+  int* before;              // [segments] entries of the segment's first warp before its own
+  int* bound;               // [segments + 1] where a segment's entries begin
+  int* last;                // [segments] whether this block is the last of the segment's tile
+  int entries;              // room
+};
 
-// Who is read, and how deep: the lists that planes_kernel multiplies by.  blockIdx.x is a matrix, blockIdx.y a split of its
-// columns; a thread looks at four.
-AS_KERNEL(256, 1) depths_kernel(AS_PARAMETER Planes p) {
-  AS_SHARED;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, split = blockIdx.y;
-  const PlaneJob& job = p.job[blockIdx.x];
-  float* const most = shared;              // [warps, B]
-  float* const units = most + 8 * B;       // [B]
-  int* const counts = reinterpret_cast<int*>(units + 8);
-  float4* const found = reinterpret_cast<float4*>(counts + 8) + threadIdx.x;           // [B] factors, a block's size apart
-  u32* const depths = reinterpret_cast<u32*>(found - threadIdx.x + B * blockDim.x) + threadIdx.x;  // [B] levels, a byte each
-  const int first = split * p.slice, end = first + p.slice < p.input.size ? first + p.slice : p.input.size;
-  const int i = first + 4 * (int)threadIdx.x;
-  const bool inside = i < end;
-  Constants constants;
-  if (inside) constants = constants_of(p, job, i);
-  wait_for_previous();
-  float rms = 1.0f;
-  if (p.input.norm) {
-    float square = 0.0f;
-    for (int k = lane; k < p.input.parts; k += 32) square += p.input.squares[k];
-    rms = rsqrtf(warp_sum(square) / p.input.size + p.input.eps);
+AS_DEVICE PlaneRoom plane_room(const Planes& p, float* shared) {
+  PlaneRoom r;
+  r.entries = 4 * p.share * p.planes + 8 * p.segments;  // a multiple of eight
+  r.ring = reinterpret_cast<unsigned char*>(shared);
+  r.found = reinterpret_cast<float4*>(shared);
+  r.depth = reinterpret_cast<u32*>(r.found + B * PLANE_THREADS);
+  r.factor = reinterpret_cast<int*>(r.ring + RING_BYTES);
+  r.run = reinterpret_cast<u16*>(r.factor + B * r.entries);
+  r.mantissa = reinterpret_cast<unsigned char*>(r.run + r.entries);
+  r.result = reinterpret_cast<int*>(r.mantissa + 32 * p.share);
+  r.base = reinterpret_cast<const unsigned char**>(r.result + p.segments * B * PLANE_TILE);
+  r.most = reinterpret_cast<u32*>(r.base + p.segments);
+  r.count = reinterpret_cast<int*>(r.most + B * PLANE_WARPS);
+  r.unit = reinterpret_cast<float*>(r.count + PLANE_WARPS);
+  r.before = reinterpret_cast<int*>(r.unit + B);
+  r.bound = r.before + p.segments;
+  r.last = r.bound + p.segments + 1;
+  return r;
+}
+
+struct PlaneShare {         // a block's columns, in quads of all tiles in a row
+  int from, end, tile, segments;
+
+  // The thread of a segment's first quad.
+  AS_MEMBER int thread_of(int segment, int quads) const { return segment ? (tile + segment) * quads - from : 0; }
+};
+
+AS_DEVICE float rms_of(const PlaneInput& in, float* scratch) {
+  float square = 0.0f;
+  for (int q = threadIdx.x; q < in.size / 4; q += blockDim.x) {
+    const float4 v = quad_at(in.value, q);
+    square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
   }
+  return rsqrtf(block_sum(square, scratch) / in.size + in.eps);
+}
+
+// Who is read, and how deep: lists in shared memory, eight entries a step, a segment's in whole steps.  In an eight, entries q
+// and q + 4 are neighbours: what one lane reads.
+AS_DEVICE int place_of_entry(int at) { return (at & ~7) | (at & 3) * 2 | (at >> 2 & 1); }
+
+// The thread's quad of columns is column `column` of its matrix, in the block's segment `segment`.
+AS_DEVICE void list_entries(const Planes& p, const PlaneJob& job, const PlaneShare& share, const PlaneRoom& room,
+                            const Constants& constants, int column, int segment, bool inside, float rms) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   int level[4] = {0, 0, 0, 0};
 #pragma unroll 2
   for (int b = 0; b < B; ++b) {
-    float largest = 0.0f;
-    u32 packed = 0;
+    u32 largest = 0, packed = 0;  // as bits, so that what is no number is larger than any
     float4 factor = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (inside && b < p.rows) {
-      const Depth of = depth_of(p, job, constants, plane_input(p.input, p.rows, b, i), rms);
+      const Depth of = depth_of(p, job, constants, plane_input(p.input, b, column), rms);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         level[e] = of.level[e] > level[e] ? of.level[e] : level[e];
         packed |= (u32)of.level[e] << 8 * e;
-        const float size = absolute(of.factor[e]);
-        if (of.level[e] && size < 3.0e38f) largest = fmaxf(largest, size);
+        const u32 size = as_bits(of.factor[e]) & 0x7fffffffu;
+        if (of.level[e] && size > largest) largest = size;
       }
       factor = make_float4(of.factor[0], of.factor[1], of.factor[2], of.factor[3]);
     }
-    found[b * blockDim.x] = factor;
-    depths[b * blockDim.x] = packed;
-    for (int offset = 16; offset; offset >>= 1) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-    if (lane == 0) most[warp * B + b] = largest;
+    room.found[b * PLANE_THREADS + threadIdx.x] = factor;
+    room.depth[b * PLANE_THREADS + threadIdx.x] = packed;
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (lane == 0) room.most[b * PLANE_WARPS + warp] = largest;
   }
   const int mine = level[0] + level[1] + level[2] + level[3];
   int upto = mine;
@@ -261,46 +274,56 @@ AS_KERNEL(256, 1) depths_kernel(AS_PARAMETER Planes p) {
     const int other = __shfl_up_sync(0xffffffffu, upto, offset);
     if (lane >= offset) upto += other;
   }
-  if (lane == 31) counts[warp] = upto;
+  if (lane == 31) room.count[warp] = upto;
+  if (inside && column == 0) room.before[segment] = upto - mine;
   __syncthreads();
-  int at = upto - mine, total = 0;
-  for (int w = 0; w < warps; ++w) {
-    if (w < warp) at += counts[w];
-    total += counts[w];
+  // Entries before the first of a segment; the last one's end is that of all.
+  auto begin_of = [&](int s) {
+    const int thread = s < share.segments ? share.thread_of(s, p.quads) : PLANE_THREADS;
+    int sum = s && s < share.segments ? room.before[s] : 0;
+    for (int w = 0; w < thread >> 5; ++w) sum += room.count[w];
+    return sum;
+  };
+  int to = upto - mine;
+  for (int w = 0; w < warp; ++w) to += room.count[w];
+  for (int s = 0, previous = 0; s < segment; ++s) {  // what fills earlier segments up
+    const int next = begin_of(s + 1);
+    to += (previous - next) & 7;
+    previous = next;
   }
-  if ((int)threadIdx.x < B) {
-    float largest = 0.0f;
-    for (int w = 0; w < warps; ++w) largest = fmaxf(largest, most[w * B + threadIdx.x]);
-    // Factors come under 32 in magnitude, so that 1024 of them is a half, too.
-    const float unit = fmaxf(LEAST_UNIT, exponent_of(largest) * 0.0625f);
-    units[threadIdx.x] = unit;
-    job.unit[split * B + threadIdx.x] = unit;
+  if (threadIdx.x < 8) {
+    int at = 0;
+    for (int s = 0, previous = 0; s < share.segments; ++s) {
+      if (threadIdx.x == 0) room.bound[s] = at;
+      const int next = begin_of(s + 1), count = next - previous, fill = at + count + (int)threadIdx.x;
+      at += (count + 7) & ~7;
+      previous = next;
+      if (fill < at) {
+        room.run[place_of_entry(fill)] = (u16)(4 * share.thread_of(s, p.quads) * p.planes);
+        for (int b = 0; b < B; ++b) room.factor[b * room.entries + place_of_entry(fill)] = 0;
+      }
+    }
+    if (threadIdx.x == 0) room.bound[share.segments] = at;
   }
-  if (threadIdx.x == 0) job.count[split] = (total + 3) & ~3;
-  __syncthreads();
-  if (!mine) return;
-  u32* const run = job.run + (i64)split * p.room;
-  int to = at;
-#pragma unroll
-  for (int e = 0; e < 4; ++e)
-    for (int k = 0; k < level[e]; ++k, ++to) run[to] = (u32)(i + e) * p.planes + k;
-  // Whole fours: the last entry again, with factors of zero, fills the list up.
-  const u32 final = run[to - 1];
-  const bool last = to == total;
-  for (int more = total; last && more % 4; ++more) run[more] = final;
 #pragma unroll 1
   for (int b = 0; b < B; ++b) {
-    u16* const factors = job.factor + ((i64)split * B + b) * p.room;
-    const float inverse = one_over(units[b]);
-    const float4 four = found[b * blockDim.x];
-    const u32 packed = depths[b * blockDim.x];
-    to = at;
+    const u32 largest = __reduce_max_sync(0xffffffffu, lane < PLANE_WARPS ? room.most[b * PLANE_WARPS + lane] : 0u);
+    const bool number = largest < 0x7f800000u;
+    const float top = fmaxf(LEAST_TOP, as_float(largest)), inverse = number ? MOST_FACTOR / top : 0.0f;
+    // Coefficients are factor x mantissa / 2^16, sums twice theirs.
+    if (threadIdx.x == 0) room.unit[b] = number ? top / MOST_FACTOR * (65536.0f / 4.0f / 255.0f) : as_float(0x7fc00000u);
+    const float4 four = room.found[b * PLANE_THREADS + threadIdx.x];
+    const u32 packed = room.depth[b * PLANE_THREADS + threadIdx.x];
+    int at = to;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      float factor = (e == 0 ? four.x : e == 1 ? four.y : e == 2 ? four.z : four.w) * inverse;
-      for (int k = 0; k < level[e]; ++k, ++to, factor *= 0.25f)
-        factors[to] = k < (int)(packed >> 8 * e & 255u) ? to_half(factor) : 0;
+      const int factor = to_integer((e == 0 ? four.x : e == 1 ? four.y : e == 2 ? four.z : four.w) * inverse);
+      for (int k = 0; k < level[e]; ++k, ++at) {
+        const int place = place_of_entry(at);
+        if (b == 0) room.run[place] = (u16)((4 * threadIdx.x + e) * p.planes + k);
+        const int rounded = k ? (factor + (1 << (2 * k - 1))) >> 2 * k : factor;
+        room.factor[b * room.entries + place] = k < (int)(packed >> 8 * e & 255u) ? rounded : 0;
+      }
     }
-    for (int more = total; last && more % 4; ++more) factors[more] = 0;
   }
 }
