@@ -13,6 +13,7 @@ import torch
 
 from actsparse.kernels import planes
 from actsparse.kernels.cuda import compiler, graded, round_block, tiles
+from actsparse.kernels.cuda.launches import ACTIVATIONS, Builder
 from actsparse.methods import feedback
 from tests import cuda_emulator
 
@@ -147,6 +148,61 @@ def test_the_same_bits_every_time(where: dict[str, Any]) -> None:
     first = graded.linear(x, product, **options(where, "machine", "run"))
     for _ in range(3):
         assert torch.equal(first, graded.linear(x, product, **options(where, "machine", "run")))
+
+
+def test_outliers_cost_the_others_little(where: dict[str, Any]) -> None:
+    """A column a hundred times as large as the rest takes their coefficients' bits: the bound that docs/cuda.md derives."""
+    x = torch.randn(1, I, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    x[0, 11] = 100.0
+    packed = matrix(6)
+    held, start = tiles.tiles_of(packed, where["device"]), torch.zeros(O, device=where["device"])
+    got = graded.linear(
+        x.to(where["device"]), graded.plane_matrix(held, start=start), **options(where, "machine", "run")
+    ).cpu()
+    rest = x.clone()
+    rest[0, 11] = 0.0
+    want, scale = planes.linear(x.double(), packed), planes.linear(rest.double(), packed).norm()
+    rounding = torch.finfo(torch.float16).eps * want.norm()
+    assert float((got.double() - want).norm()) <= float(rounding + 2e-3 * scale)
+
+
+def test_matrices_of_one_input_share_blocks(where: dict[str, Any]) -> None:
+    """Blocks end one matrix and begin the next; thresholds are each matrix's own; a residual is added once."""
+    device = torch.device(where["device"])
+    sizes, inputs = (1031, 96, 512), 200
+    g = torch.Generator().manual_seed(7)
+    value, second, residual = (
+        torch.randn(inputs, generator=g),
+        torch.randn(inputs, generator=g),
+        torch.randn(sizes[0], generator=g),
+    )
+    given = [rules(6, inputs, size) for size in sizes]
+    given[1]["thresholds"] = given[1]["thresholds"] * 0.5
+    x = (torch.nn.functional.silu(value) * second)[None]
+    packed = [matrix(6, size, inputs, seed) for seed, size in enumerate(sizes)]
+    held = [
+        graded.plane_matrix(
+            tiles.tiles_of(poisoned(p, planes.levels_read(x, r["thresholds"], r["center"])), device),
+            **{name: part.to(device) for name, part in r.items()},
+        )
+        for p, r in zip(packed, given, strict=True)
+    ]
+    on_device = [part.to(device) for part in (value, second, residual)]
+    entry = graded.PlaneInput(
+        value=on_device[0].data_ptr(), second=on_device[1].data_ptr(), activation=ACTIVATIONS["silu"],
+        second_activation=ACTIVATIONS["identity"], size=inputs,
+    )  # fmt: skip
+    machine = where.get("machine") or compiler.machine(torch.cuda.current_device())
+    build = Builder(machine, device, 1)
+    results = graded.product(build, entry, held, blocks=7)
+    (added,) = graded.product(build, entry, held[:1], residual=on_device[2], blocks=2)
+    for _ in range(2):  # what blocks count arrivals with is left as it was
+        where.get("run", compiler.run)(build.launches, device, torch.bfloat16, 1)
+    for got, p, r in zip(results, packed, given, strict=True):
+        want = planes.linear(x.double(), p, **r)[0]
+        assert bool(((got.cpu().double() - want).abs() <= allowed(got, want, x, p, r)[0]).all())
+    want = planes.linear(x.double(), packed[0], **given[0])[0] + residual
+    assert bool(((added.cpu().double() - want).abs() <= allowed(added, want, x, packed[0], given[0])[0]).all())
 
 
 @pytest.mark.parametrize("level", [None, 2, 4])

@@ -25,7 +25,7 @@ static Dim threadIdx, blockIdx, blockDim, gridDim;
 struct Copy {
   void* to;
   const void* from;
-  unsigned group, bytes;
+  unsigned group;
 };
 struct Copies {
   unsigned group = 0;
@@ -214,12 +214,11 @@ AS_DEVICE void wait_for_previous() {}
 AS_DEVICE void let_next_start() {}
 AS_DEVICE void wait_beside() {}
 AS_DEVICE void linger() {}
-static void copy_later(void* to, const void* from, unsigned bytes) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) __builtin_trap();
+AS_DEVICE void copy_async(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) __builtin_trap();
   Copies& mine = copies[emulate::current];
-  mine.waiting.push_back({to, from, mine.group, bytes});
+  mine.waiting.push_back({to, from, mine.group});
 }
-AS_DEVICE void copy_async(void* to, const void* from) { copy_later(to, from, 16); }
 AS_DEVICE void close_copies() { ++copies[emulate::current].group; }
 template <int PENDING>
 AS_DEVICE void wait_for_copies() {
@@ -227,7 +226,7 @@ AS_DEVICE void wait_for_copies() {
   size_t kept = 0;
   for (const Copy& copy : mine.waiting)
     if (copy.group + PENDING < mine.group)
-      std::memcpy(copy.to, copy.from, copy.bytes);
+      std::memcpy(copy.to, copy.from, 16);
     else
       mine.waiting[kept++] = copy;
   mine.waiting.resize(kept);

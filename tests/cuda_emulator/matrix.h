@@ -1,6 +1,6 @@
 // Stand-ins for what the packed products use: bytes and a warp's matrix product.  Included by emulate.cpp.
-struct int2 {
-  int x, y;
+struct int4 {
+  int x, y, z, w;
 };
 struct uint2 {
   uint32_t x, y;
@@ -21,8 +21,17 @@ AS_DEVICE uint2 load_codes(const unsigned char* at) {
   return v;
 }
 AS_DEVICE uint2 load_mantissas(const unsigned char* at) { return load_codes(at); }
-AS_DEVICE float load_fresh(const float* at) { return *at; }
-AS_DEVICE void copy_async8(void* to, const void* from) { copy_later(to, from, 8); }
+AS_DEVICE float4 load_fresh(const float* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) __builtin_trap();
+  return {at[0], at[1], at[2], at[3]};
+}
+AS_DEVICE uint32_t arrive(uint32_t* at) { return atomicAdd(at, 1u); }
+AS_DEVICE uint4 load_codes16(const unsigned char* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) __builtin_trap();
+  uint4 v;
+  std::memcpy(&v, at, 16);
+  return v;
+}
 AS_DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
 AS_DEVICE int to_integer(float v) { return v == v ? (int)std::nearbyint(v) : 0; }
 AS_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {

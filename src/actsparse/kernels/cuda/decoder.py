@@ -271,8 +271,8 @@ class _Step:
             self._ffn(layer)
         self._arena.turn()
         if isinstance(decoder.lm_head, PlaneMatrix):
-            x = self._plane_input(decoder.final_norm)
-            graded.product(self._build, x, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
+            last = self._plane_input(decoder.final_norm)
+            graded.product(self._build, last, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
         else:
             x = self._normalised(decoder.final_norm)
             self._build.rows_product(x, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
@@ -370,9 +370,7 @@ class _Step:
         attended = Parts(y, 1, decoder.heads * size)
         if isinstance(layer.o, PlaneMatrix):
             identity = ACTIVATIONS["identity"]
-            inner = PlaneInput(
-                value=pointer(y), activation=identity, second_activation=identity, size=attended.size
-            )
+            inner = PlaneInput(value=pointer(y), activation=identity, second_activation=identity, size=attended.size)
             self._add_product(inner, layer.o, (y,))
             return
         self._pending = self._products(

@@ -21,6 +21,7 @@ from .products import Run, machine_of
 from .structures import Launch, pointer, vector
 from .tiles import TILE, Tiles, packed_of
 
+_THREADS = 256
 _LEAST_SHARE = 16  # quads of columns of a block: fewer do not pay for its beginning
 # Unpacked weights that are held at a time, for many rows.
 _SCRATCH_BYTES = 256 << 20
@@ -151,10 +152,10 @@ def product(
         raise ValueError("packed matrices of one input differ in bits stored or in inputs")
     (stored,) = levels
     tiles = sum(matrix.tiles.codes.shape[0] for matrix in matrices)
-    threads, cut = _cut(build, size // 4, tiles, stored, blocks)
+    cut = _cut(build, size // 4, tiles, stored, blocks)
     jobs, results, begin = (PlaneJob * 3)(), [], 0
     for at, matrix in enumerate(matrices):
-        y = out if out is not None or rounded is not None else build.scratch(rows * matrix.out)
+        y = out if out is not None or rounded is not None else build.scratch(rows * matrix.out)[: rows * matrix.out]
         results.append(y if y is not None else rounded)
         held = matrix.tiles
         jobs[at] = PlaneJob(
@@ -168,7 +169,7 @@ def product(
         x, jobs, pointer(parts), pointer(arrived), len(matrices), rows, stored, cut.blocks, size // 4, tiles * (size // 4),
         cut.share, cut.segments, -(-(1 << 32) // stored),
     )  # fmt: skip
-    build.launch("planes", threads, cut.bytes, p, (keep, parts, arrived, residual, rounded), cut.blocks)
+    build.launch("planes", _THREADS, cut.bytes, p, (keep, parts, arrived, residual, rounded), cut.blocks)
     return [result for result in results if result is not None]
 
 
@@ -182,32 +183,30 @@ class _Cut:
     bytes: int
 
 
-def _cut(build: Builder, quads: int, tiles: int, stored: int, blocks: int) -> tuple[int, _Cut]:
-    """A block's threads, and a block for every multiprocessor, or as many for each as their lists need."""
+def _cut(build: Builder, quads: int, tiles: int, stored: int, blocks: int) -> _Cut:
+    """Even shares for a block on every multiprocessor, or for as many on each as their lists need."""
     rows, total, limit = build.compiled, tiles * quads, build.machine.shared_bytes
-    threads, halves = 512 if rows <= 4 else 256, 2 if rows <= 2 else 1
-    stages = {1: 3, 2: 4}.get(rows, 6)
-    ring = max(rows * threads * 20, threads // 32 * stages * halves * 512)
+    warps, rounds = _THREADS // 32, 2 if rows == 1 else 1
 
     def cut(blocks: int) -> _Cut:
         share = -(-total // blocks) + 1 & ~1  # even: what lies behind the lists is aligned
         segments = min(tiles, -(-share // quads) + 1)
         entries = 4 * share * stored + 8 * segments
-        floats = (rows + 1) * (threads // 32 + 1) + 3 * segments + 1
+        floats = (rows + 1) * rounds * warps + rows + 5 * segments + 1
         return _Cut(
             blocks, share, segments,
-            ring + entries * (4 * rows + 2) + 32 * share + segments * (4 * rows * TILE + 8) + 4 * floats,
+            rows * _THREADS * 20 + entries * (4 * rows + 2) + 32 * share + segments * (4 * rows * TILE + 8) + 4 * floats,
         )  # fmt: skip
 
     if blocks:
-        return threads, cut(blocks)
+        return cut(blocks)
     # Room for two of them, where that is to be had: the next kernel's beside this one's.
     if rows == 1 and limit >= 160 << 10:
         limit = limit // 2 - 1024
     made = cut(min(build.machine.processors, max(1, total // _LEAST_SHARE)))
-    while made.share > threads or made.bytes > limit:
+    while made.share > rounds * _THREADS or made.bytes > limit:
         made = cut(made.blocks + build.machine.processors)
-    return threads, made
+    return made
 
 
 def linear(

@@ -1,8 +1,9 @@
 """Packed matrices in the order that a GPU reads: the format's codes (``docs/format.md``), bytes in another order.
 
 Outputs form tiles of 512, eight groups each; a tile holds of every column one record of L runs of 128 bytes, the tile's part of
-each plane.  A run is [g 8][half 2][e 2][j 4], byte (g, half, e, j) being byte 2 g + e of group 4 half + j: each thread of a warp
-gets, with one 16-byte load, two words of each half, whose bytes belong to four groups.  A column's mantissas are [j 4][half 2].
+each plane.  A run is [g 8][half 2][e 2][j 4], byte (g, half, e, j) being byte 2 g + e of group 4 half + j: each thread of a
+warp gets, with one 16-byte load, two words of each half, whose bytes belong to four groups.  A column's mantissas are
+[j 4][half 2].
 
 Letters: O outputs, I inputs, G groups, L planes, T tiles.
 """

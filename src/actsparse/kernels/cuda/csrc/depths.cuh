@@ -14,11 +14,12 @@
 // Blocks take even shares of the columns of all tiles in a row, so a block may end one tile and begin the next; the last block
 // of a tile to arrive adds the others' parts up, in their order.
 constexpr int RUN = 128, PLANE_TILE = 512, MOST_PLANES = 4;
-constexpr int PLANE_THREADS = B <= 4 ? 512 : 256, PLANE_WARPS = PLANE_THREADS / 32;
+constexpr int PLANE_THREADS = 256, PLANE_WARPS = PLANE_THREADS / 32;
+constexpr int ROUNDS = B == 1 ? 2 : 1;  // quads of columns that a thread looks at
+constexpr int COUNTS = ROUNDS * PLANE_WARPS;
 constexpr int HALVES = B <= 2 ? 2 : 1;  // of a tile, by one warp: more rows have more sums
-constexpr int STAGES = B == 1 ? 3 : B == 2 ? 4 : 6, STAGE_BYTES = HALVES * 512;  // of a warp's copies under way
-constexpr int FOUND_BYTES = B * PLANE_THREADS * 20, COPY_BYTES = PLANE_WARPS * STAGES * STAGE_BYTES;
-constexpr int RING_BYTES = FOUND_BYTES > COPY_BYTES ? FOUND_BYTES : COPY_BYTES;
+constexpr int STAGES = B <= 2 ? 5 : 6;  // eights of entries whose codes a warp has under way
+constexpr int FOUND_BYTES = B * PLANE_THREADS * 20;
 constexpr float MOST_FACTOR = 8355000.0f;  // times 255 below 2^31 - 2^24
 constexpr float LEAST_TOP = 1.0e-30f;
 
@@ -31,6 +32,14 @@ AS_DEVICE uint2 load_codes(const unsigned char* at) {
   return v;
 }
 
+AS_DEVICE uint4 load_codes16(const unsigned char* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+
 AS_DEVICE uint2 load_mantissas(const unsigned char* at) {
   uint2 v;
   asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
@@ -38,15 +47,17 @@ AS_DEVICE uint2 load_mantissas(const unsigned char* at) {
 }
 
 // What another block of the same launch has written.
-AS_DEVICE float load_fresh(const float* at) {
-  float v;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(at));
+AS_DEVICE float4 load_fresh(const float* at) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at));
   return v;
 }
 
-AS_DEVICE void copy_async8(void* to, const void* from) {
-  const u32 at = (u32)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
+// One more has arrived, with what its block wrote before its last barrier; how many had.
+AS_DEVICE u32 arrive(u32* at) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+  return before;
 }
 
 AS_DEVICE u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
@@ -105,7 +116,7 @@ struct Planes {
   u32* arrived;             // [tiles], 0 before and after
   int jobs, rows, planes, blocks;
   int quads;                // I / 4
-  int total;                // tiles of all jobs times quads: blocks have shares of this, of at most PLANE_THREADS
+  int total;                // tiles of all jobs times quads: blocks have shares of this, of at most ROUNDS * PLANE_THREADS
   int share, segments;      // quads and tiles that a block may meet
   u32 inverse;              // 2^32 / L, rounded up
 };
@@ -147,14 +158,11 @@ AS_DEVICE float4 plane_input(const PlaneInput& in, int b, int i) {
     widen2(from[1], v.z, v.w);
     return v;
   }
-  float4 v = quad_at(in.value + at, 0);
+  float4 v = quad_at(in.value + at, 0), u = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
+  if (in.second) u = quad_at(in.second + at, 0);
   if (in.activation != 5) v = activated(in.activation, v);
-  if (in.second) {
-    float4 u = quad_at(in.second + at, 0);
-    if (in.second_activation != 5) u = activated(in.second_activation, u);
-    v.x *= u.x, v.y *= u.y, v.z *= u.z, v.w *= u.w;
-  }
-  return v;
+  if (in.second && in.second_activation != 5) u = activated(in.second_activation, u);
+  return make_float4(v.x * u.x, v.y * u.y, v.z * u.z, v.w * u.w);
 }
 
 struct Depth {              // of four columns in one row: levels, and deviations times scale and gain
@@ -186,144 +194,217 @@ AS_DEVICE Depth depth_of(const Planes& p, const PlaneJob& job, const Constants& 
 }
 
 struct PlaneRoom {          // a block's shared memory
-  unsigned char* ring;      // [warps, STAGES, STAGE_BYTES]
-  float4* found;            // [B, threads] factors, and
-  u32* depth;               // [B, threads] levels, a byte each: in the ring's place
+  float4* found;            // [B, threads] factors; of parts, sums
+  u32* depth;               // [B, threads] levels, a byte each
   int* factor;              // [B, entries] of an entry
   u16* run;                 // [entries] column * L + plane, from the block's first column on
   unsigned char* mantissa;  // [columns, 8]
   int* result;              // [segments, B, 512]
+  u32* most;                // [B, COUNTS]
+  int* count;               // [COUNTS] entries of a warp in a round
   const unsigned char** base;  // [segments] the block's first column's codes, as if it were of that segment's matrix
-  u32* most;                // [B, warps]
-  int* count;               // [warps]
   float* unit;              // [B]
   int* before;              // [segments] entries of the segment's first warp before its own
   int* bound;               // [segments + 1] where a segment's entries begin
-  int* last;                // [segments] whether this block is the last of the segment's tile
+  int* first;               // [segments] the first block with a share of the tile, and
+  int* others;              // [segments] how many others have one
+  int* last;                // [segments] whether this one is the last of them to arrive
   int entries;              // room
 };
 
 AS_DEVICE PlaneRoom plane_room(const Planes& p, float* shared) {
   PlaneRoom r;
   r.entries = 4 * p.share * p.planes + 8 * p.segments;  // a multiple of eight
-  r.ring = reinterpret_cast<unsigned char*>(shared);
   r.found = reinterpret_cast<float4*>(shared);
   r.depth = reinterpret_cast<u32*>(r.found + B * PLANE_THREADS);
-  r.factor = reinterpret_cast<int*>(r.ring + RING_BYTES);
+  r.factor = reinterpret_cast<int*>(reinterpret_cast<unsigned char*>(shared) + FOUND_BYTES);
   r.run = reinterpret_cast<u16*>(r.factor + B * r.entries);
   r.mantissa = reinterpret_cast<unsigned char*>(r.run + r.entries);
   r.result = reinterpret_cast<int*>(r.mantissa + 32 * p.share);
-  r.base = reinterpret_cast<const unsigned char**>(r.result + p.segments * B * PLANE_TILE);
-  r.most = reinterpret_cast<u32*>(r.base + p.segments);
-  r.count = reinterpret_cast<int*>(r.most + B * PLANE_WARPS);
-  r.unit = reinterpret_cast<float*>(r.count + PLANE_WARPS);
+  r.most = reinterpret_cast<u32*>(r.result + p.segments * B * PLANE_TILE);
+  r.count = reinterpret_cast<int*>(r.most + B * COUNTS);
+  r.base = reinterpret_cast<const unsigned char**>(r.count + COUNTS);
+  r.unit = reinterpret_cast<float*>(r.base + p.segments);
   r.before = reinterpret_cast<int*>(r.unit + B);
   r.bound = r.before + p.segments;
-  r.last = r.bound + p.segments + 1;
+  r.first = r.bound + p.segments + 1;
+  r.others = r.first + p.segments;
+  r.last = r.others + p.segments;
   return r;
 }
 
 struct PlaneShare {         // a block's columns, in quads of all tiles in a row
   int from, end, tile, segments;
 
-  // The thread of a segment's first quad.
-  AS_MEMBER int thread_of(int segment, int quads) const { return segment ? (tile + segment) * quads - from : 0; }
+  // Where a segment begins.
+  AS_MEMBER int begin_of(int segment, int quads) const { return segment ? (tile + segment) * quads - from : 0; }
 };
 
 AS_DEVICE float rms_of(const PlaneInput& in, float* scratch) {
   float square = 0.0f;
-  for (int q = threadIdx.x; q < in.size / 4; q += blockDim.x) {
+#pragma unroll 8
+  for (int q = threadIdx.x; q < in.size / 4; q += PLANE_THREADS) {
     const float4 v = quad_at(in.value, q);
     square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
   }
   return rsqrtf(block_sum(square, scratch) / in.size + in.eps);
 }
 
-// Who is read, and how deep: lists in shared memory, eight entries a step, a segment's in whole steps.  In an eight, entries q
-// and q + 4 are neighbours: what one lane reads.
-AS_DEVICE int place_of_entry(int at) { return (at & ~7) | (at & 3) * 2 | (at >> 2 & 1); }
+struct PlaneQuad {          // four columns of a thread
+  int tile, column;
+  bool inside;
+  Constants constants;
+  float4 found;             // factors of one row; of more in shared memory
+  int level[4];             // of any row
+  int upto;                 // entries of the warp up to this thread
+};
 
-// The thread's quad of columns is column `column` of its matrix, in the block's segment `segment`.
-AS_DEVICE void list_entries(const Planes& p, const PlaneJob& job, const PlaneShare& share, const PlaneRoom& room,
-                            const Constants& constants, int column, int segment, bool inside, float rms) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  int level[4] = {0, 0, 0, 0};
+// How deep a quad is read; its warp's count and largest factor.
+AS_DEVICE void choose_levels(const Planes& p, const PlaneJob& job, const PlaneRoom& room, int round, float rms, PlaneQuad& quad) {
+  const int lane = threadIdx.x & 31, number = round * PLANE_WARPS + (threadIdx.x >> 5);
 #pragma unroll 2
   for (int b = 0; b < B; ++b) {
     u32 largest = 0, packed = 0;  // as bits, so that what is no number is larger than any
-    float4 factor = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (inside && b < p.rows) {
-      const Depth of = depth_of(p, job, constants, plane_input(p.input, b, column), rms);
+    quad.found = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (quad.inside && b < p.rows) {
+      const Depth of = depth_of(p, job, quad.constants, plane_input(p.input, b, quad.column), rms);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        level[e] = of.level[e] > level[e] ? of.level[e] : level[e];
+        quad.level[e] = of.level[e] > quad.level[e] ? of.level[e] : quad.level[e];
         packed |= (u32)of.level[e] << 8 * e;
         const u32 size = as_bits(of.factor[e]) & 0x7fffffffu;
         if (of.level[e] && size > largest) largest = size;
       }
-      factor = make_float4(of.factor[0], of.factor[1], of.factor[2], of.factor[3]);
+      quad.found = make_float4(of.factor[0], of.factor[1], of.factor[2], of.factor[3]);
     }
-    room.found[b * PLANE_THREADS + threadIdx.x] = factor;
-    room.depth[b * PLANE_THREADS + threadIdx.x] = packed;
+    if (B > 1) {
+      room.found[b * PLANE_THREADS + threadIdx.x] = quad.found;
+      room.depth[b * PLANE_THREADS + threadIdx.x] = packed;
+    }
     largest = __reduce_max_sync(0xffffffffu, largest);
-    if (lane == 0) room.most[b * PLANE_WARPS + warp] = largest;
+    if (lane == 0) room.most[b * COUNTS + number] = largest;
   }
-  const int mine = level[0] + level[1] + level[2] + level[3];
-  int upto = mine;
+  quad.upto = quad.level[0] + quad.level[1] + quad.level[2] + quad.level[3];
+#pragma unroll
   for (int offset = 1; offset < 32; offset <<= 1) {
-    const int other = __shfl_up_sync(0xffffffffu, upto, offset);
-    if (lane >= offset) upto += other;
+    const int other = __shfl_up_sync(0xffffffffu, quad.upto, offset);
+    if (lane >= offset) quad.upto += other;
   }
-  if (lane == 31) room.count[warp] = upto;
-  if (inside && column == 0) room.before[segment] = upto - mine;
+  if (lane == 31) room.count[number] = quad.upto;
+}
+
+// Its entries' place in the list is `to`.
+AS_DEVICE void write_entries(const Planes& p, const PlaneRoom& room, int round, const PlaneQuad& quad, const float (&inverse)[B],
+                             int to) {
+  const int first = 4 * (round * PLANE_THREADS + (int)threadIdx.x);
+#pragma unroll 1
+  for (int b = 0; b < B; ++b) {
+    const float4 found = B > 1 ? room.found[b * PLANE_THREADS + threadIdx.x] : quad.found;
+    const u32 packed = B > 1 ? room.depth[b * PLANE_THREADS + threadIdx.x] : 0u;
+    int* factors = room.factor + b * room.entries + to;
+    u16* runs = room.run + to;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int factor = to_integer((e == 0 ? found.x : e == 1 ? found.y : e == 2 ? found.z : found.w) * inverse[b]);
+#pragma unroll
+      for (int k = 0; k < MOST_PLANES; ++k)
+        if (k < quad.level[e]) {
+          if (b == 0) runs[k] = (u16)((first + e) * p.planes + k);
+          const int rounded = k ? (factor + (1 << 2 * k >> 1)) >> 2 * k : factor;
+          factors[k] = B == 1 || k < (int)(packed >> 8 * e & 255u) ? rounded : 0;
+        }
+      runs += quad.level[e], factors += quad.level[e];
+    }
+  }
+}
+
+struct PlaneCounts {
+  int of[COUNTS];
+
+  AS_MEMBER int before(int number) const {
+    int sum = 0;
+#pragma unroll
+    for (int w = 0; w < COUNTS; ++w) sum += w < number ? of[w] : 0;
+    return sum;
+  }
+};
+
+// Who is read, and how deep: lists in shared memory, a segment's in whole eights.
+AS_DEVICE void list_entries(const Planes& p, const PlaneShare& share, const PlaneRoom& room, PlaneQuad (&quad)[ROUNDS],
+                            float rms) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  bool some[ROUNDS];        // of the warp's quads are columns
+#pragma unroll
+  for (int r = 0; r < ROUNDS; ++r) {
+    some[r] = share.from + r * PLANE_THREADS + 32 * warp < share.end;
+    quad[r].level[0] = quad[r].level[1] = quad[r].level[2] = quad[r].level[3] = quad[r].upto = 0;
+    if (some[r]) {
+      choose_levels(p, plane_job_of(p, quad[r].tile), room, r, rms, quad[r]);
+    } else if (lane < B) {
+      room.most[lane * COUNTS + r * PLANE_WARPS + warp] = 0u;
+      room.count[r * PLANE_WARPS + warp] = 0;
+    }
+    if (quad[r].inside && quad[r].column == 0)
+      room.before[quad[r].tile - share.tile] =
+          quad[r].upto - (quad[r].level[0] + quad[r].level[1] + quad[r].level[2] + quad[r].level[3]);
+  }
   __syncthreads();
+  if (!some[0]) return;
+  PlaneCounts counts;
+#pragma unroll
+  for (int w = 0; w < COUNTS; w += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(room.count + w);
+    counts.of[w] = four.x, counts.of[w + 1] = four.y, counts.of[w + 2] = four.z, counts.of[w + 3] = four.w;
+  }
   // Entries before the first of a segment; the last one's end is that of all.
   auto begin_of = [&](int s) {
-    const int thread = s < share.segments ? share.thread_of(s, p.quads) : PLANE_THREADS;
-    int sum = s && s < share.segments ? room.before[s] : 0;
-    for (int w = 0; w < thread >> 5; ++w) sum += room.count[w];
-    return sum;
+    if (s == share.segments) return counts.before(COUNTS);
+    return s ? counts.before(share.begin_of(s, p.quads) >> 5) + room.before[s] : 0;
   };
-  int to = upto - mine;
-  for (int w = 0; w < warp; ++w) to += room.count[w];
-  for (int s = 0, previous = 0; s < segment; ++s) {  // what fills earlier segments up
-    const int next = begin_of(s + 1);
-    to += (previous - next) & 7;
-    previous = next;
-  }
   if (threadIdx.x < 8) {
     int at = 0;
+#pragma unroll 1
     for (int s = 0, previous = 0; s < share.segments; ++s) {
       if (threadIdx.x == 0) room.bound[s] = at;
       const int next = begin_of(s + 1), count = next - previous, fill = at + count + (int)threadIdx.x;
       at += (count + 7) & ~7;
       previous = next;
       if (fill < at) {
-        room.run[place_of_entry(fill)] = (u16)(4 * share.thread_of(s, p.quads) * p.planes);
-        for (int b = 0; b < B; ++b) room.factor[b * room.entries + place_of_entry(fill)] = 0;
+        room.run[fill] = (u16)(4 * share.begin_of(s, p.quads) * p.planes);
+        for (int b = 0; b < B; ++b) room.factor[b * room.entries + fill] = 0;
       }
     }
     if (threadIdx.x == 0) room.bound[share.segments] = at;
   }
-#pragma unroll 1
+  float inverse[B];
+#pragma unroll
   for (int b = 0; b < B; ++b) {
-    const u32 largest = __reduce_max_sync(0xffffffffu, lane < PLANE_WARPS ? room.most[b * PLANE_WARPS + lane] : 0u);
+    u32 largest = 0;
+#pragma unroll
+    for (int w = 0; w < COUNTS; w += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(room.most + b * COUNTS + w);
+      const u32 two = four.x > four.y ? four.x : four.y, other = four.z > four.w ? four.z : four.w;
+      const u32 here = two > other ? two : other;
+      largest = here > largest ? here : largest;
+    }
     const bool number = largest < 0x7f800000u;
-    const float top = fmaxf(LEAST_TOP, as_float(largest)), inverse = number ? MOST_FACTOR / top : 0.0f;
+    const float top = fmaxf(LEAST_TOP, as_float(largest));
+    inverse[b] = number ? MOST_FACTOR / top : 0.0f;
     // Coefficients are factor x mantissa / 2^16, sums twice theirs.
     if (threadIdx.x == 0) room.unit[b] = number ? top / MOST_FACTOR * (65536.0f / 4.0f / 255.0f) : as_float(0x7fc00000u);
-    const float4 four = room.found[b * PLANE_THREADS + threadIdx.x];
-    const u32 packed = room.depth[b * PLANE_THREADS + threadIdx.x];
-    int at = to;
+  }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int factor = to_integer((e == 0 ? four.x : e == 1 ? four.y : e == 2 ? four.z : four.w) * inverse);
-      for (int k = 0; k < level[e]; ++k, ++at) {
-        const int place = place_of_entry(at);
-        if (b == 0) room.run[place] = (u16)((4 * threadIdx.x + e) * p.planes + k);
-        const int rounded = k ? (factor + (1 << (2 * k - 1))) >> 2 * k : factor;
-        room.factor[b * room.entries + place] = k < (int)(packed >> 8 * e & 255u) ? rounded : 0;
-      }
+  for (int r = 0; r < ROUNDS; ++r) {
+    if (!some[r]) break;
+    const int segment = quad[r].tile - share.tile;
+    int to = counts.before(r * PLANE_WARPS + warp) + quad[r].upto -
+             (quad[r].level[0] + quad[r].level[1] + quad[r].level[2] + quad[r].level[3]);
+#pragma unroll 1
+    for (int s = 0, previous = 0; s < segment; ++s) {  // what fills earlier segments up
+      const int next = begin_of(s + 1);
+      to += (previous - next) & 7;
+      previous = next;
     }
+    if (quad[r].inside) write_entries(p, room, r, quad[r], inverse, to);
   }
 }

@@ -20,15 +20,15 @@ AS_DEVICE u32 coefficient(PlaneLane lane, int factor, u32 mantissa) {
 }
 
 // A warp's eight entries: words of entries t and t + 4, of each half the lane's two; their mantissas and factors.
-AS_DEVICE void multiply_entries(const u32 (&word)[2][HALVES][2], const u32 (&mantissa)[2][HALVES], const int2 (&factor)[B],
+AS_DEVICE void multiply_entries(const u32 (&word)[2][HALVES][2], const u32 (&mantissa)[2][HALVES], const int (&factor)[B][2],
                                 PlaneLane lane, PlaneSums& sums) {
 #pragma unroll
   for (int h = 0; h < HALVES; ++h) {
     u32 first[B], second[B];
 #pragma unroll
     for (int b = 0; b < B; ++b) {
-      first[b] = coefficient(lane, factor[b].x, mantissa[0][h]);
-      second[b] = coefficient(lane, factor[b].y, mantissa[1][h]);
+      first[b] = coefficient(lane, factor[b][0], mantissa[0][h]);
+      second[b] = coefficient(lane, factor[b][1], mantissa[1][h]);
       sums.factor[b][h] = add_bytes(second[b], add_bytes(first[b], sums.factor[b][h]));
     }
 #pragma unroll
@@ -41,9 +41,15 @@ AS_DEVICE void multiply_entries(const u32 (&word)[2][HALVES][2], const u32 (&man
   }
 }
 
+// Where a tile's output lies among a block's results: lanes that add together meet different banks.
+AS_DEVICE int place_of_result(int output) {
+  const int half = output >> 8, j = output >> 6 & 3, k = output >> 4 & 3, g = output >> 1 & 7, e = output & 1;
+  return ((half * 4 + k) * 2 + e) * 32 + g * 4 + j;
+}
+
 // Adds a warp's sums to the block's: twice the code less three, times the coefficient, in integers.
 AS_DEVICE void add_sums(const PlaneSums& sums, int half, int* result) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int lane = threadIdx.x & 31, t = lane & 3;
 #pragma unroll
   for (int b = 0; b < B; ++b)
 #pragma unroll
@@ -53,49 +59,51 @@ AS_DEVICE void add_sums(const PlaneSums& sums, int half, int* result) {
       all += __shfl_xor_sync(0xffffffffu, all, 2);
       const int low = __shfl_sync(0xffffffffu, all, 8 * t), high = __shfl_sync(0xffffffffu, all, 8 * t + 4);
       const int coefficients = 3 * (256 * high + low);
-      int* const to = result + b * PLANE_TILE + (half + h) * (PLANE_TILE / 2) + t * 64 + 2 * g;
+      int* const to = result + b * PLANE_TILE + (half + h) * (PLANE_TILE / 2) + lane;
 #pragma unroll
       for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {  // codes stand 2 k bits high: the sums are multiples of 4^k
           const int sum = 256 * (sums.of[b][h][k][2 * e + 1] >> 2 * k) + (sums.of[b][h][k][2 * e] >> 2 * k);
-          atomicAdd(to + 16 * k + e, 2 * sum - coefficients);
+          atomicAdd(to + (2 * k + e) * 32, 2 * sum - coefficients);
         }
     }
 }
 
-// Results of all of the block's entries, in the block's shared memory.  A warp takes every sixteenth (or so) eight of them.
-AS_DEVICE void multiply_share(const Planes& p, const PlaneShare& share, const PlaneRoom& room) {
-  constexpr int TEAMS = PLANE_WARPS * HALVES / 2, PIECE = HALVES * 8, LAST = (STAGES - 1) * STAGE_BYTES;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = HALVES == 2 ? 0 : warp & 1;
-  unsigned char* const ring = room.ring + warp * STAGES * STAGE_BYTES + lane * PIECE;
-  const PlaneLane constants = plane_lane(lane);
-  // Entries at, at + 1 of the list are this lane's: the eight's t and t + 4.
-  int at = 8 * (HALVES == 2 ? warp : warp >> 1) + 2 * (lane & 3);
-  int filled = 0, next = room.bound[1], to = 0;  // where copies are: the segment, its end, the place in the ring
-  const int offset = (lane >> 2) * 16 + half * 8, all = room.bound[share.segments];
-  const unsigned char* codes = room.base[0] + offset;
-  auto fill = [&](int entry) {
-    if (entry < all) {
-      while (entry >= next) codes = room.base[++filled] + offset, next = room.bound[filled + 1];
-      const u32 two = *reinterpret_cast<const u32*>(room.run + entry);
-      if (HALVES == 2) {
-        copy_async(ring + to, codes + (two & 0xffffu) * RUN);
-        copy_async(ring + to + STAGE_BYTES / 2, codes + (two >> 16) * RUN);
-      } else {
-        copy_async8(ring + to, codes + (two & 0xffffu) * RUN);
-        copy_async8(ring + to + STAGE_BYTES / 2, codes + (two >> 16) * RUN);
-      }
+// What a warp has under way of an eight of entries: the lane's words of entries t and t + 4.
+struct PlaneWords {
+#if AS_ROWS <= 2
+  uint4 of[2];
+#else
+  uint2 of[2];
+#endif
+
+  AS_MEMBER void load(const unsigned char* codes, const u16* run) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const unsigned char* const from = codes + (u32)run[4 * q] * RUN;
+#if AS_ROWS <= 2
+      of[q] = load_codes16(from);
+#else
+      of[q] = load_codes(from);
+#endif
     }
-    to = to == LAST ? 0 : to + STAGE_BYTES;
-    close_copies();
-  };
-  for (int stage = 0; stage < STAGES - 1; ++stage) fill(at + stage * 8 * TEAMS);
-  int from = 0;
+  }
+};
+
+// Results of all of the block's entries, in the block's shared memory: warps take eights of them in turn.  Codes are loaded
+// into registers, well ahead: asynchronous copies into shared memory reach two thirds of the bandwidth here.
+AS_DEVICE void multiply_share(const Planes& p, const PlaneShare& share, const PlaneRoom& room) {
+  constexpr int TEAMS = PLANE_WARPS * HALVES / 2, STRIDE = 8 * TEAMS;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = HALVES == 2 ? 0 : warp & 1;
+  const unsigned char* const mantissas = room.mantissa + (lane >> 3) * 2 + half;
+  const PlaneLane constants = plane_lane(lane);
+  int at = 8 * (HALVES == 2 ? warp : warp >> 1) + (lane & 3);  // this lane's entries are this one and the fourth from it
 #pragma unroll 1
   for (int segment = 0; segment < share.segments; ++segment) {
     const int end = room.bound[segment + 1];
     if (at >= end) continue;
+    const unsigned char* const codes = room.base[segment] + (lane >> 2) * 16 + half * 8;
     PlaneSums sums;
 #pragma unroll
     for (int b = 0; b < B; ++b)
@@ -105,46 +113,54 @@ AS_DEVICE void multiply_share(const Planes& p, const PlaneShare& share, const Pl
 #pragma unroll
         for (int e = 0; e < 16; ++e) sums.of[b][h][e / 4][e % 4] = 0;
       }
-#pragma unroll 1
-    for (; at < end; at += 8 * TEAMS) {
-      fill(at + (STAGES - 1) * 8 * TEAMS);
-      wait_for_copies<STAGES - 1>();
-      const u32 two = *reinterpret_cast<const u32*>(room.run + at), run[2] = {two & 0xffffu, two >> 16};
-      u32 word[2][HALVES][2], mantissa[2][HALVES];
-      int2 factor[B];
+    PlaneWords words[STAGES];
 #pragma unroll
-      for (int b = 0; b < B; ++b) factor[b] = *reinterpret_cast<const int2*>(room.factor + b * room.entries + at);
+    for (int s = 0; s < STAGES; ++s)
+      if (at + s * STRIDE < end) words[s].load(codes, room.run + at + s * STRIDE);
+    while (at < end) {
 #pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        const unsigned char* const held = ring + from + q * (STAGE_BYTES / 2);
-        const unsigned char* const of = room.mantissa + high_product(run[q], p.inverse) * 8 + (lane >> 3) * 2;
-        if (HALVES == 2) {
-          const uint4 four = *reinterpret_cast<const uint4*>(held);
-          word[q][0][0] = four.x, word[q][0][1] = four.y, word[q][HALVES - 1][0] = four.z, word[q][HALVES - 1][1] = four.w;
+      for (int s = 0; s < STAGES; ++s) {
+        if (at >= end) break;
+        u32 word[2][HALVES][2], mantissa[2][HALVES];
+        int factor[B][2];
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          const unsigned char* const of = mantissas + high_product(room.run[at + 4 * q], p.inverse) * 8;
+#if AS_ROWS <= 2
           const u32 pair = *reinterpret_cast<const u16*>(of);
-          mantissa[q][0] = pair & 255u, mantissa[q][HALVES - 1] = pair >> 8;
-        } else {
-          const uint2 words = *reinterpret_cast<const uint2*>(held);
-          word[q][0][0] = words.x, word[q][0][1] = words.y;
-          mantissa[q][0] = of[half];
+          mantissa[q][0] = pair & 255u, mantissa[q][1] = pair >> 8;
+          word[q][0][0] = words[s].of[q].x, word[q][0][1] = words[s].of[q].y;
+          word[q][1][0] = words[s].of[q].z, word[q][1][1] = words[s].of[q].w;
+#else
+          mantissa[q][0] = *of;
+          word[q][0][0] = words[s].of[q].x, word[q][0][1] = words[s].of[q].y;
+#endif
+#pragma unroll
+          for (int b = 0; b < B; ++b) factor[b][q] = room.factor[b * room.entries + at + 4 * q];
         }
+        multiply_entries(word, mantissa, factor, constants, sums);
+        if (at + STAGES * STRIDE < end) words[s].load(codes, room.run + at + STAGES * STRIDE);
+        at += STRIDE;
       }
-      from = from == LAST ? 0 : from + STAGE_BYTES;
-      multiply_entries(word, mantissa, factor, constants, sums);
     }
     add_sums(sums, half, room.result + segment * B * PLANE_TILE);
   }
-  wait_for_copies<0>();
 }
 
-AS_DEVICE void store_plane(const Planes& p, const PlaneJob& job, int b, int output, float y) {
-  const i64 at = (i64)b * job.out + output;
-  if (job.start) y += job.start[output];
-  if (job.residual) y += job.residual[at];
+// What an output is added to.
+AS_DEVICE float base_of(const PlaneJob& job, int b, int output) {
+  const bool inside = output < job.out;
+  const float start = inside && job.start ? job.start[output] : 0.0f;
+  const float residual = inside && job.residual ? job.residual[(i64)b * job.out + output] : 0.0f;
+  return start + residual;
+}
+
+AS_DEVICE void store_plane(const PlaneJob& job, int b, int output, float y) {
+  if (output >= job.out) return;
   if (job.y)
-    job.y[at] = y;
+    job.y[(i64)b * job.out + output] = y;
   else
-    job.rounded[at] = narrow(y);
+    job.rounded[(i64)b * job.out + output] = narrow(y);
 }
 
 AS_KERNEL(PLANE_THREADS, B == 1 ? 2 : 1) planes_kernel(AS_PARAMETER Planes p) {
@@ -158,75 +174,103 @@ AS_KERNEL(PLANE_THREADS, B == 1 ? 2 : 1) planes_kernel(AS_PARAMETER Planes p) {
   const int from = share_of(p.total, block, p.blocks), end = share_of(p.total, block + 1, p.blocks);
   const int tile = from / p.quads, size = p.input.size;
   const PlaneShare share{from, end, tile, (end - 1) / p.quads - tile + 1};
-  const int at = from + (int)threadIdx.x, mine = at / p.quads, column = 4 * (at - mine * p.quads);
-  const bool inside = at < end;
-  const PlaneJob& job = plane_job_of(p, inside ? mine : tile);
-  Constants constants;
-  // While kernels before this one run, the memory is idle: most columns' first plane will be needed.
-  if (inside) {
-    const i64 record = (i64)(mine - job.begin) * size + column;
+  PlaneQuad quad[ROUNDS];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) prefetch(job.codes + (record + e) * p.planes * RUN, RUN);
-    copy_async(room.mantissa + threadIdx.x * 32, job.mantissa + record * 8);
-    copy_async(room.mantissa + threadIdx.x * 32 + 16, job.mantissa + record * 8 + 16);
-    constants = constants_of(p, job, column);
+  for (int r = 0; r < ROUNDS; ++r) {
+    const int local = r * PLANE_THREADS + (int)threadIdx.x, at = from + local;
+    quad[r].inside = at < end;
+    quad[r].tile = quad[r].inside ? at / p.quads : tile;
+    quad[r].column = 4 * (at - quad[r].tile * p.quads);
+    if (!quad[r].inside) continue;
+    const PlaneJob& job = plane_job_of(p, quad[r].tile);
+    const i64 record = (i64)(quad[r].tile - job.begin) * size + quad[r].column;
+    const uint4* const mantissa = reinterpret_cast<const uint4*>(job.mantissa + record * 8);
+    const uint4 first = mantissa[0], second = mantissa[1];
+    quad[r].constants = constants_of(p, job, quad[r].column);
+    reinterpret_cast<uint4*>(room.mantissa)[2 * local] = first;
+    reinterpret_cast<uint4*>(room.mantissa)[2 * local + 1] = second;
   }
-  close_copies();
   if ((int)threadIdx.x < share.segments) {
-    const PlaneJob& here = plane_job_of(p, tile + threadIdx.x);
+    const int number = tile + threadIdx.x, first = (int)(((u32)(number * p.quads + 1) * (u32)p.blocks - 1u) / (u32)p.total);
+    const PlaneJob& here = plane_job_of(p, number);
     room.base[threadIdx.x] = here.codes + ((i64)from - (i64)here.begin * p.quads) * 4 * p.planes * RUN;
+    room.first[threadIdx.x] = first;
+    room.others[threadIdx.x] = (int)(((u32)((number + 1) * p.quads) * (u32)p.blocks - 1u) / (u32)p.total) - first;
   }
   for (int i = threadIdx.x; i < share.segments * B * PLANE_TILE; i += PLANE_THREADS) room.result[i] = 0;
   wait_for_previous();
   const float rms = p.input.norm ? rms_of(p.input, reinterpret_cast<float*>(room.most)) : 1.0f;
-  list_entries(p, job, share, room, constants, column, mine - tile, inside, rms);
-  wait_for_copies<0>();
+  list_entries(p, share, room, quad, rms);
   __syncthreads();
   multiply_share(p, share, room);
   __syncthreads();
 
-  auto first_block = [&](int t) { return (int)(((u32)(t * p.quads + 1) * (u32)p.blocks - 1u) / (u32)p.total); };
-  auto last_block = [&](int t) { return (int)(((u32)((t + 1) * p.quads) * (u32)p.blocks - 1u) / (u32)p.total); };
-  bool shared_tile = false;
+  const int stride = p.rows * PLANE_TILE;  // of parts
+  bool alone = true;
+#pragma unroll 1
   for (int s = 0; s < share.segments; ++s) {
-    const int here = tile + s;
+    const int here = tile + s, others = room.others[s];
     const PlaneJob& to = plane_job_of(p, here);
-    const bool whole = first_block(here) == last_block(here);
-    shared_tile |= !whole;
-    for (int i = threadIdx.x; i < p.rows * PLANE_TILE; i += PLANE_THREADS) {
-      const int b = i / PLANE_TILE, output = (here - to.begin) * PLANE_TILE + i % PLANE_TILE;
-      const float y = room.unit[b] * (float)room.result[s * B * PLANE_TILE + i];
-      if (!whole)
-        p.parts[(i64)(block + here) * p.rows * PLANE_TILE + i] = y;
-      else if (output < to.out)
-        store_plane(p, to, b, output, y);
+    alone &= others == 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < stride; i += PLANE_THREADS) {
+      const int b = i / PLANE_TILE, at = i % PLANE_TILE, output = (here - to.begin) * PLANE_TILE + at;
+      const float y = room.unit[b] * (float)room.result[(s * B + b) * PLANE_TILE + place_of_result(at)];
+      if (others)
+        p.parts[(i64)(block + here) * stride + i] = y;
+      else
+        store_plane(to, b, output, base_of(to, b, output) + y);
     }
   }
-  if (!shared_tile) return;
-  __threadfence();
+  if (alone) return;
   __syncthreads();
   if ((int)threadIdx.x < share.segments) {
-    const int here = tile + threadIdx.x, others = last_block(here) - first_block(here);
+    const int others = room.others[threadIdx.x];
     int last = 0;
-    if (others && (int)atomicAdd(p.arrived + here, 1u) == others) {
-      last = 1;
-      p.arrived[here] = 0u;
+    if (others) {
+      last = (int)arrive(p.arrived + tile + threadIdx.x) == others;
+      if (last) p.arrived[tile + threadIdx.x] = 0u;
     }
     room.last[threadIdx.x] = last;
   }
   __syncthreads();
+  // One thread adds every second part of four outputs, all of them under way together.
+  constexpr int QUADS = PLANE_TILE / 4, WAYS = PLANE_THREADS / QUADS, TOGETHER = 10;
+  float4* const sums = room.found;
+  const int place = threadIdx.x % QUADS, way = threadIdx.x / QUADS;
+#pragma unroll 1
   for (int s = 0; s < share.segments; ++s) {
     if (!room.last[s]) continue;
-    __threadfence();
-    const int here = tile + s, first = first_block(here), count = last_block(here) - first + 1;
+    const int here = tile + s, first = room.first[s], count = room.others[s] + 1;
     const PlaneJob& to = plane_job_of(p, here);
-    for (int i = threadIdx.x; i < p.rows * PLANE_TILE; i += PLANE_THREADS) {
-      const int b = i / PLANE_TILE, output = (here - to.begin) * PLANE_TILE + i % PLANE_TILE;
-      const float* const parts = p.parts + (i64)(first + here) * p.rows * PLANE_TILE + i;
-      float y = 0.0f;
-#pragma unroll 8
-      for (int k = 0; k < count; ++k) y += load_fresh(parts + (i64)k * p.rows * PLANE_TILE);
-      if (output < to.out) store_plane(p, to, b, output, y);
+#pragma unroll 1
+    for (int b = 0; b < p.rows; ++b) {
+      const float* const parts = p.parts + (i64)(first + here) * stride + b * PLANE_TILE + 4 * place;
+      const int output = (here - to.begin) * PLANE_TILE + threadIdx.x;
+      float base[PLANE_TILE / PLANE_THREADS];  // start and residual of what this thread will store
+#pragma unroll
+      for (int i = 0; i < PLANE_TILE / PLANE_THREADS; ++i) base[i] = base_of(to, b, output + i * PLANE_THREADS);
+      float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+      for (int k = way; k < count; k += WAYS * TOGETHER) {
+        float4 part[TOGETHER];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i)
+          part[i] = k + i * WAYS < count ? load_fresh(parts + (i64)(k + i * WAYS) * stride) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) v.x += part[i].x, v.y += part[i].y, v.z += part[i].z, v.w += part[i].w;
+      }
+      __syncthreads();
+      sums[threadIdx.x] = v;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < PLANE_TILE / PLANE_THREADS; ++i) {
+        const int at = threadIdx.x + i * PLANE_THREADS;
+        float y = base[i];
+#pragma unroll
+        for (int w = 0; w < WAYS; ++w) y += reinterpret_cast<const float*>(sums + w * QUADS)[at];
+        store_plane(to, b, output + i * PLANE_THREADS, y);
+      }
     }
   }
 }
