@@ -134,8 +134,9 @@ def obstacle_of(tiles: object) -> str:
         return "a packed matrix lies in the CPU's order"
     if tiles.inputs % 4:
         return f"a packed matrix of {tiles.inputs} inputs, expected a multiple of 4"
-    runs = tiles.inputs * len(tiles.gains)
-    return f"a packed matrix of {tiles.inputs} inputs is too large" if runs >= 1 << 31 else ""
+    quads = tiles.codes.shape[0] * (tiles.inputs // 4)
+    fits = quads < 1 << 20  # blocks find their shares in 32 bits
+    return "" if fits else f"a packed matrix of {tiles.out} x {tiles.inputs} weights is too large"
 
 
 def product(
