@@ -64,7 +64,7 @@ class Planes(Structure):
         ("parts", c_void_p),
         ("arrived", c_void_p),
         *((name, c_int32) for name in (
-            "jobs", "rows", "planes", "blocks", "quads", "total", "share", "segments",
+            "jobs", "rows", "planes", "blocks", "quads", "even", "longer", "share", "segments",
         )),
         ("inverse", c_uint32),
     ]  # fmt: skip
@@ -135,8 +135,7 @@ def obstacle_of(tiles: object) -> str:
     if tiles.inputs % 4:
         return f"a packed matrix of {tiles.inputs} inputs, expected a multiple of 4"
     quads = tiles.codes.shape[0] * (tiles.inputs // 4)
-    fits = quads < 1 << 20  # blocks find their shares in 32 bits
-    return "" if fits else f"a packed matrix of {tiles.out} x {tiles.inputs} weights is too large"
+    return "" if quads < 1 << 28 else f"a packed matrix of {tiles.out} x {tiles.inputs} weights is too large"
 
 
 def product(
@@ -167,8 +166,8 @@ def product(
         begin, keep = begin + held.codes.shape[0], (*keep, matrix, y)
     parts, arrived = build.scratch((cut.blocks + tiles) * rows * TILE), build.counters(tiles)
     p = Planes(
-        x, jobs, pointer(parts), pointer(arrived), len(matrices), rows, stored, cut.blocks, size // 4, tiles * (size // 4),
-        cut.share, cut.segments, -(-(1 << 32) // stored),
+        x, jobs, pointer(parts), pointer(arrived), len(matrices), rows, stored, cut.blocks, size // 4,
+        *divmod(tiles * (size // 4), cut.blocks), cut.share, cut.segments, -(-(1 << 32) // stored),
     )  # fmt: skip
     build.launch("planes", _THREADS, cut.bytes, p, (keep, parts, arrived, residual, rounded), cut.blocks)
     return [result for result in results if result is not None]

@@ -116,10 +116,16 @@ struct Planes {
   u32* arrived;             // [tiles], 0 before and after
   int jobs, rows, planes, blocks;
   int quads;                // I / 4
-  int total;                // tiles of all jobs times quads: blocks have shares of this, of at most ROUNDS * PLANE_THREADS
+  int even, longer;         // quads of all tiles that a block takes; the first `longer` blocks take one more
   int share, segments;      // quads and tiles that a block may meet
   u32 inverse;              // 2^32 / L, rounded up
 };
+
+// The block that takes a quad.
+AS_DEVICE int block_of(const Planes& p, int quad) {
+  const int rest = quad - p.longer * (p.even + 1);
+  return rest < 0 ? quad / (p.even + 1) : p.longer + rest / p.even;
+}
 
 AS_DEVICE const PlaneJob& plane_job_of(const Planes& p, int tile) {
   if (p.jobs > 2 && tile >= p.job[2].begin) return p.job[2];

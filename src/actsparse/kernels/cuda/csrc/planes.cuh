@@ -171,7 +171,7 @@ AS_KERNEL(PLANE_THREADS, B == 1 ? 2 : 1) planes_kernel(AS_PARAMETER Planes p) {
     return linger();
   }
   const PlaneRoom room = plane_room(p, shared);
-  const int from = share_of(p.total, block, p.blocks), end = share_of(p.total, block + 1, p.blocks);
+  const int from = block * p.even + (block < p.longer ? block : p.longer), end = from + p.even + (block < p.longer);
   const int tile = from / p.quads, size = p.input.size;
   const PlaneShare share{from, end, tile, (end - 1) / p.quads - tile + 1};
   PlaneQuad quad[ROUNDS];
@@ -191,11 +191,11 @@ AS_KERNEL(PLANE_THREADS, B == 1 ? 2 : 1) planes_kernel(AS_PARAMETER Planes p) {
     reinterpret_cast<uint4*>(room.mantissa)[2 * local + 1] = second;
   }
   if ((int)threadIdx.x < share.segments) {
-    const int number = tile + threadIdx.x, first = (int)(((u32)(number * p.quads + 1) * (u32)p.blocks - 1u) / (u32)p.total);
+    const int number = tile + (int)threadIdx.x, first = block_of(p, number * p.quads);
     const PlaneJob& here = plane_job_of(p, number);
     room.base[threadIdx.x] = here.codes + ((i64)from - (i64)here.begin * p.quads) * 4 * p.planes * RUN;
     room.first[threadIdx.x] = first;
-    room.others[threadIdx.x] = (int)(((u32)((number + 1) * p.quads) * (u32)p.blocks - 1u) / (u32)p.total) - first;
+    room.others[threadIdx.x] = block_of(p, (number + 1) * p.quads - 1) - first;
   }
   for (int i = threadIdx.x; i < share.segments * B * PLANE_TILE; i += PLANE_THREADS) room.result[i] = 0;
   wait_for_previous();
