@@ -46,6 +46,17 @@ def test_linear_masks_each_row_of_a_batch(isa: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_those_beside_it(isa: str, dtype: torch.dtype, layout: str) -> None:
+    out, inn = 1100, 333
+    weight = stored(torch.randn(out, inn), layout, dtype)
+    x, threshold = torch.randn(8, inn).to(dtype), torch.rand(inn) * 1.5
+    together = kernels.linear(x, weight, None, threshold)
+    for batch in range(2, 8):
+        assert torch.equal(kernels.linear(x[-batch:], weight, None, threshold), together[-batch:])
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_threshold_keeps_ties_and_nan(isa: str, layout: str) -> None:
     inn = 37
     weight = stored(torch.eye(inn), layout, torch.float32)

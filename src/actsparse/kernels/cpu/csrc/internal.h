@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "actsparse.h"
+#include "batch.h"
 #include "isa.h"
 
 namespace actsparse {
@@ -179,7 +180,7 @@ class Sums {
   Sums(const Segments& segments, const as_matrix& w, int64_t batch, float* out, int64_t out_stride);
   // Reads `count` columns: those named, or all from `first` on.
   void add(const IsaOps& isa, int64_t segment, int64_t first, int64_t count, const int32_t* columns,
-           const float* coefficients, int64_t coefficient_stride) const;
+           const float* coefficients, int64_t coefficient_stride, const BatchOps* pairs = nullptr) const;
   void finish() const;  // after the region
 
  private:
@@ -208,6 +209,7 @@ struct Stream {
 struct Product {
   const as_matrix* w = nullptr;
   const IsaOps* isa = nullptr;  // that x was arranged for: the one in use may be changed by another thread meanwhile
+  const BatchOps* pairs = nullptr;  // instead, where x and w are bfloat16 and there are several rows of x
   Activations x;
   const float* mask = nullptr;  // AS_ROWS: threshold under which activations count as 0
   float* arranged = nullptr;  // AS_ROWS: room for every task's own copy of x, as dot_rows wants it
@@ -230,6 +232,8 @@ struct Product {
   // because fetching what another core has just written takes longer.
   void make_room(int64_t tasks, int64_t batch);
   const float* arrange(int64_t task, int64_t batch) const;
+  const uint16_t* masked_pairs(int64_t task, int64_t batch) const;  // the same for `pairs`: [batch, pairs_stride()]
+  int64_t pairs_stride() const { return 2 * padded(w->in); }
   int64_t bytes() const { return count * stored_bytes(*w); }
 };
 

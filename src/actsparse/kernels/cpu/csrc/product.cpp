@@ -51,6 +51,7 @@ Product prepare(const as_matrix& w, const float* threshold, const Activations& x
   Product p;
   p.w = &w;
   p.isa = &ops();
+  if (batch > 1 && w.dtype == AS_BF16 && x.raw && x.raw_dtype == AS_BF16) p.pairs = batch_ops();
   p.x = x;
   p.out = out;
   p.out_stride = out_stride;
@@ -70,6 +71,26 @@ Product prepare(const as_matrix& w, const float* threshold, const Activations& x
 }
 
 void Product::make_room(int64_t tasks, int64_t batch) { arranged = arena().take<float>(tasks * batch * padded(w->in)); }
+
+const uint16_t* Product::masked_pairs(int64_t task, int64_t batch) const {
+  const int64_t n = w->in;
+  uint16_t* const copy = reinterpret_cast<uint16_t*>(arranged + task * batch * padded(n));
+  for (int64_t b = 0; b < batch; ++b) {
+    const uint16_t* const from = static_cast<const uint16_t*>(x.raw) + b * n;
+    uint16_t* const row = copy + b * pairs_stride();
+    if (!mask) {
+      __builtin_memcpy(row, from, size_t(n) * sizeof(uint16_t));
+      continue;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bits = uint32_t(from[i] & 0x7fffu) << 16;
+      float magnitude;
+      __builtin_memcpy(&magnitude, &bits, 4);
+      row[i] = magnitude < mask[i] ? uint16_t(0) : from[i];
+    }
+  }
+  return copy;
+}
 
 const float* Product::arrange(int64_t task, int64_t batch) const {
   const int64_t n = w->in;
@@ -95,7 +116,7 @@ Sums::Sums(const Segments& segments, const as_matrix& w, int64_t batch, float* o
 }
 
 void Sums::add(const IsaOps& isa, int64_t segment, int64_t first, int64_t count, const int32_t* columns,
-               const float* coefficients, int64_t coefficient_stride) const {
+               const float* coefficients, int64_t coefficient_stride, const BatchOps* pairs) const {
   filled_[segment] = count > 0;
   if (segment && count == 0) return;
   float* const acc = segment ? rooms_ + (segment - 1) * batch_ * stride_ : out_;
@@ -103,8 +124,12 @@ void Sums::add(const IsaOps& isa, int64_t segment, int64_t first, int64_t count,
   const bool fresh = segment || !w_->bias;
   for (int64_t b = 0; !fresh && b < batch_; ++b)
     __builtin_memcpy(acc + b * stride, w_->bias, size_t(w_->out) * sizeof(float));
-  isa.add_rows(w_->dtype, w_->data, w_->stride, columns, first, count, coefficients, coefficient_stride, batch_, w_->out, acc,
-               stride, fresh);
+  if (pairs)
+    pairs->add_rows(w_->data, w_->stride, columns, first, count, coefficients, coefficient_stride, batch_, w_->out, acc, stride,
+                    fresh);
+  else
+    isa.add_rows(w_->dtype, w_->data, w_->stride, columns, first, count, coefficients, coefficient_stride, batch_, w_->out,
+                 acc, stride, fresh);
 }
 
 void Sums::finish() const {
@@ -127,11 +152,15 @@ void Sums::finish() const {
 
 namespace {
 
-void rows_of(const Product& p, const float* x, Slice s, int64_t batch) {
+void rows_of(const Product& p, const void* x, Slice s, int64_t batch) {
   const as_matrix& w = *p.w;
   const int32_t* const idx = p.rows ? p.rows + s.begin : nullptr;
-  p.isa->dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), x, padded(w.in), batch, w.in, p.out + s.begin,
-                  p.out_stride);
+  if (p.pairs)
+    p.pairs->dot_rows(w.data, w.stride, idx, s.begin, s.size(), static_cast<const uint16_t*>(x), p.pairs_stride(), batch,
+                      w.in, p.out + s.begin, p.out_stride);
+  else
+    p.isa->dot_rows(w.dtype, w.data, w.stride, idx, s.begin, s.size(), static_cast<const float*>(x), padded(w.in), batch,
+                    w.in, p.out + s.begin, p.out_stride);
   for (int64_t b = 0; b < batch; ++b) {
     float* const out = p.out + b * p.out_stride;
     if (w.bias)
@@ -141,9 +170,9 @@ void rows_of(const Product& p, const float* x, Slice s, int64_t batch) {
 }
 
 void columns_of(const Product& p, Slice s, int64_t segment) {
-  if (!p.threshold) return p.sums.add(*p.isa, segment, s.begin, s.size(), nullptr, p.x.x + s.begin, p.x.stride);
+  if (!p.threshold) return p.sums.add(*p.isa, segment, s.begin, s.size(), nullptr, p.x.x + s.begin, p.x.stride, p.pairs);
   const KeptList kept = p.found.find(segment, s);
-  p.sums.add(*p.isa, segment, 0, kept.count, kept.positions, kept.values, kept.stride);
+  p.sums.add(*p.isa, segment, 0, kept.count, kept.positions, kept.values, kept.stride, p.pairs);
 }
 
 }  // namespace
@@ -173,7 +202,11 @@ void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
 
   parallel(tasks, [&](int64_t task) {
     for (const Product* p = products; p < products + count; ++p) {
-      const float* const x = p->arranged ? p->arrange(task, batch) : nullptr;
+      const void* x = nullptr;
+      if (p->arranged && p->pairs)
+        x = p->masked_pairs(task, batch);
+      else if (p->arranged)
+        x = p->arrange(task, batch);
       p->segments.each(task, [&](int64_t segment) {
         const Slice s = p->segments.slice(p->count, segment);
         if (p->w->layout == AS_ROWS)

@@ -91,6 +91,14 @@ const ManyOps* many_ops() {
   return nullptr;
 }
 
+const BatchOps* batch_ops() {
+#if defined(__x86_64__)
+  static const bool here = __builtin_cpu_supports("avx512bf16");
+  if (here && &ops() == isa_avx512) return batch_bf16;
+#endif
+  return nullptr;
+}
+
 Arena::~Arena() {
   free(block_);
   for (char* p : spilled_) free(p);
