@@ -23,6 +23,7 @@ LAYERS, STEPS, PROMPTS = 2, 16, 3
 # Thresholds are not continuous: a value this close to one, in units of its vector's root mean square, may fall on either side
 # of it by rounding alone, and then everything after it differs. Such prompts compare nothing.
 MARGIN = 4e-6
+TOLERANCE = 1e-4
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -56,27 +57,31 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def plans(models: dict[str, Path], tokenizer: Any) -> dict[str, tuple[str, Path]]:
+def calibration() -> str:
+    """The file of calibration text."""
+    return str(REFERENCE / "text" / "calibration.jsonl")
+
+
+@pytest.fixture(scope="session")
+def plans(models: dict[str, Path], tokenizer: Any, calibration: str) -> dict[str, tuple[str, Path]]:
     """By method: the model's name and the plan's file."""
     made = {}
     for name, methods in (("swiglu", ("chess", "cats", "teal", "wina")), ("reglu", ("relu", "svdp"))):
         model = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
         for method in methods:
-            text = str(REFERENCE / "text" / "calibration.jsonl")
             options = {} if method == "relu" else {"sparsity": 0.5}
             tokens = 4096 if method == "svdp" else 1024
-            plan = actsparse.calibrate(model, tokenizer, text, method=method, tokens=tokens, **options)
+            plan = actsparse.calibrate(model, tokenizer, calibration, method=method, tokens=tokens, **options)
             plan.save(models[name] / f"{method}.plan")
             made[method] = (name, models[name] / f"{method}.plan")
     return made
 
 
 @pytest.fixture(scope="session")
-def packed(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(models: dict[str, Path], calibration: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed directory of the small model."""
     target = tmp_path_factory.mktemp("packed") / "packed"
-    text = str(REFERENCE / "text" / "calibration.jsonl")
-    command = [Path(sys.executable).parent / "actsparse", "pack", models["swiglu"], "-o", target, "--text", text]
+    command = [Path(sys.executable).parent / "actsparse", "pack", models["swiglu"], "-o", target, "--text", calibration]
     subprocess.run([*map(str, command), "--tokens", "1024"], check=True, capture_output=True)
     return target
 
@@ -105,6 +110,13 @@ class Wanted:
             if len(self.prompts) == PROMPTS:
                 return
         raise AssertionError("no prompts without decisions at their thresholds")
+
+
+def same(results: list[Any], wanted: Wanted, what: str = "") -> None:
+    """Equal tokens, and logits within the tolerance, prompt by prompt."""
+    for result, tokens, logits in zip(results, wanted.tokens, wanted.logits, strict=True):
+        assert result["tokens"] == tokens, what
+        assert float((result["logits"] - logits).abs().max()) < TOLERANCE, what
 
 
 class closest:

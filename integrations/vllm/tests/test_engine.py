@@ -7,18 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from conftest import STEPS, Wanted, arguments
+from conftest import STEPS, TOLERANCE, Wanted, arguments, same
 
 import actsparse
-
-TOLERANCE = 1e-4
-
-
-def same(results: list[Any], wanted: Wanted) -> None:
-    for result, tokens, logits in zip(results, wanted.tokens, wanted.logits, strict=True):
-        assert result["tokens"] == tokens
-        assert float((result["logits"] - logits).abs().max()) < TOLERANCE
 
 
 def far(a: Wanted, b: list[Any]) -> bool:
@@ -49,14 +42,21 @@ def test_two_rule_sets_over_one_compile_cache(
         assert list((tmp_path / "cache").rglob("torch_compile_cache")), "nothing was compiled"
 
 
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_two_processes(
-    models: dict[str, Path], plans: dict[str, Any], wanted: Callable[[str], Wanted], run_engines: Any
+    eager: bool, models: dict[str, Path], plans: dict[str, Any], wanted: Callable[[str], Wanted], run_engines: Any
 ) -> None:
-    request = arguments(models["swiglu"], "chess", plans["chess"][1], enforce_eager=True, tensor_parallel_size=2)
-    (result,) = run_engines(
-        [(request, wanted("chess").prompts)], VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1"
-    )
-    same(result, wanted("chess"))
+    methods = ("chess", "teal") if eager else ("chess",)
+    requests = [
+        (
+            arguments(models["swiglu"], m, plans[m][1], enforce_eager=eager, tensor_parallel_size=2),
+            wanted(m).prompts,
+        )
+        for m in methods
+    ]
+    results = run_engines(requests, VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    for method, result in zip(methods, results, strict=True):
+        same(result, wanted(method))
 
 
 def test_packed_directory(packed: Path, run_engines: Any) -> None:

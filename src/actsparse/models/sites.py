@@ -162,7 +162,7 @@ def family_of(model: Any) -> Family:
 def layers_of(model: Any) -> list[LayerSites]:
     """The decoder layers of ``model``, first to last; fused layers stand as their parts from now on (:mod:`.fused`)."""
     family = family_of(model)
-    rows = _rows(model.config) if family.fused else {}
+    rows = rows_of(model.config) if family.fused else {}
     layers = [LayerSites(index, layer, family, rows) for index, layer in enumerate(model.get_decoder().layers)]
     for layer in layers:
         layer.split()
@@ -176,7 +176,8 @@ def heads_of(config: Any) -> tuple[int, int, int]:
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
-def _rows(config: Any) -> dict[str, int]:
+def rows_of(config: Any) -> dict[str, int]:
+    """The rows of the projections that families keep in fused layers."""
     heads, kv_heads, head_dim = heads_of(config)
     neurons = config.intermediate_size
     return {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "gate": neurons, "up": neurons}

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 
-from actsparse.models import directory
+from actsparse.models import directory, sites
 from actsparse.plan import Plan, PlanError
 from actsparse_vllm import identity
 from actsparse_vllm.linear import SparseLinearMethod
@@ -126,6 +126,11 @@ class ActsparseConfig(QuantizationConfig):
             self._plan = plan
         return self._plan
 
+    @property
+    def gated(self) -> bool:
+        """Whether the model's blocks have a gate."""
+        return sites.FAMILIES.get(self.plan.model.family, sites.Family()).gated
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
             return PackedLinearMethod(self.plan, "head", ("head",)) if self._packed is not None else None
@@ -150,6 +155,8 @@ class ActsparseConfig(QuantizationConfig):
                 site = rule.partition(".")[0]
                 if site not in names and not (site == "ffn" and {"up", "down"} <= names):
                     raise PlanError(f"plan has layers.{index}.{rule}, the layer has no such projection in vLLM")
+                if site == "ffn" and not self.gated and rule != "ffn.threshold":
+                    raise PlanError(f"plan has layers.{index}.{rule}: blocks without a gate take thresholds in vLLM")
 
 
 def announce() -> None:

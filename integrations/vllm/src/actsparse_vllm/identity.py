@@ -40,14 +40,24 @@ def _fingerprint(model: str, config: Any, family: sites.Family) -> str:
             names |= dict.fromkeys(file.keys(), path)
     digest = hashlib.sha256()
     for index in range(config.num_hidden_layers):
-        for _, place in family.projections:
-            ending = re.compile(rf"(?:^|\.)layers\.{index}\.{re.escape(place)}\.weight")
-            name = next((name for name in names if ending.search(name) and name.endswith(f"{place}.weight")), None)
+        for projection, _ in family.projections:
+            place = family.stored(projection)
+            ending = re.compile(rf"(?:^|\.)layers\.{index}\.{re.escape(place)}\.weight$")
+            name = next((name for name in names if ending.search(name)), None)
             if name is None:
                 raise ModelError(f"model {model} lacks layers.{index}.{place}.weight in its safetensors files")
             with safe_open(names[name], framework="pt") as file:
                 rows = file.get_slice(name)
-                chosen = torch.linspace(0, rows.get_shape()[0] - 1, 4).long().tolist()
+                begin, count = _rows(projection, family.fused.get(place, ()), config, rows.get_shape()[0])
+                chosen = (begin + torch.linspace(0, count - 1, 4).long()).tolist()
                 sample = torch.cat([rows[row : row + 1, :64] for row in chosen]).to(torch.bfloat16).contiguous()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _rows(projection: str, merged: tuple[str, ...], config: Any, stored: int) -> tuple[int, int]:
+    """The first row of a projection in the layer that stores it, and how many it has."""
+    if not merged:
+        return 0, stored
+    rows = sites.rows_of(config)
+    return sum(rows[name] for name in merged[: merged.index(projection)]), rows[projection]

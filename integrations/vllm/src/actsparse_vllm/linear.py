@@ -118,7 +118,7 @@ class SparseLinearMethod(LinearMethodBase):
         for name, size in zip(self._names, self._sizes, strict=True):
             threshold = rules.get(f"{name}.threshold")
             if name == "down":
-                threshold = _of_down(rules)
+                threshold = _of_down(rules, gated=self._config.gated)
             if runs and _same(runs[-1][1], threshold):
                 runs[-1] = (runs[-1][0] + size, threshold)
             else:
@@ -213,13 +213,22 @@ def release(layer: nn.Module) -> None:
     layer.weight = nn.Parameter(layer.weight.data.new_empty(0), requires_grad=False)
 
 
-def _of_down(rules: dict[str, Tensor]) -> Tensor | None:
-    """The input threshold of down: the plan's, and at least exact zeros where neurons are dropped before it."""
-    threshold = rules.get("down.threshold")
-    if not any(name.startswith("ffn.") for name in rules):
-        return threshold
-    zeros = torch.tensor([SKIP_ZEROS])
-    return zeros if threshold is None else threshold.clamp(min=SKIP_ZEROS)
+def _of_down(rules: dict[str, Tensor], *, gated: bool) -> Tensor | None:
+    """The input threshold of down: the plan's, and at least exact zeros where neurons are dropped before it.
+
+    A plain block's gate threshold looks at activation(up x), which is down's input.
+    """
+    found = [rules["down.threshold"]] if "down.threshold" in rules else []
+    if any(name.startswith("ffn.") for name in rules):
+        found.append(torch.tensor([SKIP_ZEROS]))
+    if not gated and "ffn.threshold" in rules:
+        found.append(rules["ffn.threshold"])
+    if not found:
+        return None
+    threshold = found[0]
+    for other in found[1:]:
+        threshold = torch.maximum(threshold, other)
+    return threshold
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -70,11 +70,16 @@ class PackedLinearMethod(LinearMethodBase):
         return load
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if not layer.codes.is_cpu:
-            raise PlanError(f"packed weights on {layer.codes.device} have no kernels yet: expected a CPU")
+        device = layer.codes.device
+        if device.type not in ("cpu", "cuda"):
+            raise PlanError(f"packed weights on {device} have no kernels: expected a CPU or CUDA")
+        if device.type == "cuda" and self._dtype not in kernels.cuda.DTYPES:
+            raise PlanError(f"dtype is {self._dtype}, packed weights on {device} need bfloat16 or float16")
         products = []
         for number, site in enumerate(self._sites):
-            products.append(self._matrix(layer, number, site))
+            packed, *rules = self._matrix(layer, number, site)
+            moved = [None if rule is None else rule.to(device) for rule in rules]
+            products.append((kernels.packed_on(packed, device), *moved))
             self._loaded[number] = {}
         for name in NAMES:
             delattr(layer, name)
