@@ -29,6 +29,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "gemma": {**HEADS, "tie_word_embeddings": True},
     "olmo2": {},
+    "opt": {
+        "num_key_value_heads": 4, "ffn_dim": 224, "word_embed_proj_dim": 128, "dropout": 0.0, "activation_function": "gelu",
+    },
 }  # fmt: skip
 
 
