@@ -52,7 +52,8 @@ def test_a_row_does_not_depend_on_those_beside_it(isa: str, dtype: torch.dtype, 
     weight = stored(torch.randn(out, inn), layout, dtype)
     x, threshold = torch.randn(8, inn).to(dtype), torch.rand(inn) * 1.5
     together = kernels.linear(x, weight, None, threshold)
-    for batch in range(2, 8):
+    # Of one row alone, rows of bfloat16 are added up in another order.
+    for batch in range(1 if layout == "columns" else 2, 8):
         assert torch.equal(kernels.linear(x[-batch:], weight, None, threshold), together[-batch:])
 
 

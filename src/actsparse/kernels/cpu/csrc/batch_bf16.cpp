@@ -99,9 +99,11 @@ void dot_rows(const void* data, int64_t stride, const int32_t* idx, int64_t firs
 // ---- rows added up -----------------------------------------------------------------------------------------------------
 
 // Sums lie as interleaving two rows leaves them: of 32 outputs, those whose bit 2 is clear and then the others.
-inline void in_order(float* sums, int64_t n) {
-  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+template <bool Back>
+inline void reorder(float* sums, int64_t n) {
+  const __m512i low = Back ? _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23)
+                           : _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(Back ? 8 : 4));
   for (int64_t o = 0; o < n; o += line) {
     const __m512 a = _mm512_loadu_ps(sums + o), b = _mm512_loadu_ps(sums + o + 16);
     _mm512_storeu_ps(sums + o, _mm512_permutex2var_ps(a, low, b));
@@ -139,7 +141,13 @@ inline void add_pairs(const uint16_t* const* rows, const uint16_t* const* next, 
   }
 }
 
-inline int32_t two_of(float first, float second) {
+// Four pairs of coefficients, the first of each pair in the upper half.
+inline void four_pairs(const float* coef, int32_t* to) {
+  const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256(_mm256_loadu_ps(coef)), 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_rol_epi32(_mm256_cvtepi32_epi16(bits), 16));
+}
+
+inline int32_t one_pair(float first, float second) {
   uint32_t upper, lower;
   __builtin_memcpy(&upper, &first, 4);
   __builtin_memcpy(&lower, &second, 4);
@@ -148,6 +156,7 @@ inline int32_t two_of(float first, float second) {
 
 constexpr int64_t block = 512;  // outputs whose sums of eight rows stay in the first cache beside the weights
 
+// Adds groups of 2 P rows from row j on; returns the first row left.
 template <int P, int B>
 inline int64_t add_by(const uint16_t* data, int64_t stride, const int32_t* idx, int64_t first, int64_t j, int64_t count,
                       const float* coef, int64_t coef_stride, int64_t n, float* sums) {
@@ -157,12 +166,14 @@ inline int64_t add_by(const uint16_t* data, int64_t stride, const int32_t* idx, 
       rows[k] = row_at(data, stride, idx, first, j + k < count ? j + k : count - 1);
       next[k] = row_at(data, stride, idx, first, j + 2 * P + k < count ? j + 2 * P + k : count - 1);
     }
-    int32_t two[B * P];
-    for (int b = 0; b < B; ++b)
-      for (int p = 0; p < P; ++p) {
-        const float* const c = coef + b * coef_stride + j + 2 * p;
-        two[b * P + p] = two_of(c[0], j + 2 * p + 1 < count ? c[1] : 0.0f);
-      }
+    alignas(16) int32_t two[B * P];
+    for (int b = 0; b < B; ++b) {
+      const float* const c = coef + b * coef_stride + j;
+      if constexpr (P == 4)
+        four_pairs(c, two + 4 * b);
+      else
+        two[b] = one_pair(c[0], j + 1 < count ? c[1] : 0.0f);
+    }
     add_pairs<P, B>(rows, next, two, n, sums, block);
   }
   return j;
@@ -174,17 +185,18 @@ void add_all(const uint16_t* data, int64_t stride, const int32_t* idx, int64_t f
   alignas(64) float sums[B * block];
   for (int64_t o = 0; o < length; o += block) {
     const int64_t n = length - o < block ? length - o : block, whole = (n + line - 1) / line * line;
-    for (int b = 0; b < B; ++b) __builtin_memset(sums + b * block, 0, size_t(whole) * sizeof(float));
+    for (int b = 0; b < B; ++b) {
+      float* const row = sums + b * block;
+      __builtin_memset(row, 0, size_t(whole) * sizeof(float));
+      if (fresh) continue;
+      __builtin_memcpy(row, acc + b * acc_stride + o, size_t(n) * sizeof(float));
+      reorder<false>(row, whole);
+    }
     const int64_t j = add_by<4, B>(data + o, stride, idx, first, 0, count, coef, coef_stride, n, sums);
     add_by<1, B>(data + o, stride, idx, first, j, count, coef, coef_stride, n, sums);
     for (int b = 0; b < B; ++b) {
-      in_order(sums + b * block, whole);
-      float* const to = acc + b * acc_stride + o;
-      const float* const from = sums + b * block;
-      if (fresh)
-        __builtin_memcpy(to, from, size_t(n) * sizeof(float));
-      else
-        for (int64_t k = 0; k < n; ++k) to[k] += from[k];
+      reorder<true>(sums + b * block, whole);
+      __builtin_memcpy(acc + b * acc_stride + o, sums + b * block, size_t(n) * sizeof(float));
     }
   }
 }
@@ -198,7 +210,33 @@ void add_rows(const void* data, int64_t stride, const int32_t* idx, int64_t firs
                  fresh);
 }
 
-const BatchOps table = {dot_rows, add_rows};
+// ---- who is kept -------------------------------------------------------------------------------------------------------
+
+int64_t keep(const uint16_t* x, int64_t x_stride, const float* threshold, int64_t batch, int64_t n, int32_t* idx,
+             float* values, int64_t values_stride) {
+  __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16, position = _mm512_add_epi32(position, _mm512_set1_epi32(16))) {
+    const __mmask16 valid = n - i < 16 ? __mmask16((1u << (n - i)) - 1u) : __mmask16(0xffff);
+    const __m512 level = _mm512_maskz_loadu_ps(valid, threshold + i);
+    __m512 kept[8];
+    __mmask16 any = 0;
+    for (int64_t b = 0; b < batch; ++b) {
+      const __m512i raw = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, x + b * x_stride + i));
+      const __m512 v = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+      const __mmask16 own = _mm512_mask_cmp_ps_mask(valid, _mm512_abs_ps(v), level, _CMP_NLT_UQ);
+      kept[b] = _mm512_maskz_mov_ps(own, v);
+      any |= own;
+    }
+    _mm512_storeu_si512(idx + count, _mm512_maskz_compress_epi32(any, position));
+    for (int64_t b = 0; b < batch; ++b)
+      _mm512_storeu_ps(values + b * values_stride + count, _mm512_maskz_compress_ps(any, kept[b]));
+    count += __builtin_popcount(any);
+  }
+  return count;
+}
+
+const BatchOps table = {dot_rows, add_rows, keep};
 }  // namespace
 
 const BatchOps* const batch_bf16 = &table;

@@ -158,12 +158,13 @@ class Kept {
  public:
   Kept() = default;
   Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t segments,
-       bool values);
+       bool values, const BatchOps* pairs = nullptr);
   KeptList find(int64_t segment, Slice s) const;  // those inside s, which is that segment
   int64_t count() const;                          // of all segments, once they are found
 
  private:
   const IsaOps* isa_ = nullptr;
+  const BatchOps* pairs_ = nullptr;
   Activations x_;
   const float* threshold_ = nullptr;
   int64_t batch_ = 0, n_ = 0, segments_ = 0, stride_ = 0;

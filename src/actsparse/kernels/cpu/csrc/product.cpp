@@ -197,7 +197,7 @@ void run(Product* products, int64_t count, int64_t batch, as_stats* stats) {
     p->segments = Segments(tasks, p->w->layout == AS_ROWS);
     if (p->w->layout == AS_ROWS) p->make_room(tasks, batch);
     if (p->w->layout == AS_COLUMNS) p->sums = Sums(p->segments, *p->w, batch, p->out, p->out_stride);
-    if (p->threshold) p->found = Kept(*p->isa, p->x, p->threshold, batch, p->w->in, p->segments.number(), true);
+    if (p->threshold) p->found = Kept(*p->isa, p->x, p->threshold, batch, p->w->in, p->segments.number(), true, p->pairs);
   }
 
   parallel(tasks, [&](int64_t task) {

@@ -104,8 +104,8 @@ float Stream::norm_scale(int64_t row, float eps) const {
 }
 
 Kept::Kept(const IsaOps& isa, const Activations& x, const float* threshold, int64_t batch, int64_t n, int64_t segments,
-           bool values)
-    : isa_(&isa), x_(x), threshold_(threshold), batch_(batch), n_(n), segments_(segments) {
+           bool values, const BatchOps* pairs)
+    : isa_(&isa), pairs_(values ? pairs : nullptr), x_(x), threshold_(threshold), batch_(batch), n_(n), segments_(segments) {
   stride_ = padded(n + segments * slack);
   counts_ = arena().take<int64_t>(segments * 8);  // a line each
   positions_ = arena().take<int32_t>(stride_);
@@ -113,6 +113,14 @@ Kept::Kept(const IsaOps& isa, const Activations& x, const float* threshold, int6
 }
 
 KeptList Kept::find(int64_t segment, Slice s) const {
+  if (pairs_) {
+    const int64_t at = s.begin + segment * slack;
+    const int64_t found = pairs_->keep(static_cast<const uint16_t*>(x_.raw) + s.begin, n_, threshold_ + s.begin, batch_, s.size(),
+                                       positions_ + at, values_ + at, stride_);
+    for (int64_t j = 0; j < found; ++j) positions_[at + j] += int32_t(s.begin);
+    counts_[segment * 8] = found;
+    return {positions_ + at, values_ + at, stride_, found};
+  }
   const bool as_given = batch_ == 1 && x_.raw;
   if (!as_given) x_.widen(*isa_, batch_, n_, s.begin, s.end);
   const int32_t dtype = as_given ? x_.raw_dtype : AS_F32;
