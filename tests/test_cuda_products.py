@@ -5,6 +5,7 @@ Shape letters: B rows, I inputs, O outputs, H hidden, N neurons.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,6 +144,27 @@ def test_block_reads_only_what_its_rules_keep(where: dict[str, Any], name: str, 
             assert name == "dense" or bool(unread.any())
     got = products.gated_ffn(x, gate, up, down, rules, **options(where))
     check(got, want, 4 * scale)
+
+
+@pytest.mark.parametrize("name", ["cats", "svdp"])
+def test_neurons_are_shared_out_over_many_blocks(where: dict[str, Any], name: str) -> None:
+    """The kept lie together: most blocks' shares lie far from their own places."""
+    device, dtype = where["device"], torch.bfloat16
+    rules = Rules(**rule_sets(device, dtype)[name])
+    x = random(1, H, dtype=dtype, seed=1, device=device)
+    gate, up = (random(N, H, dtype=dtype, seed=seed, device=device, scale=H**-0.5) for seed in (2, 3))
+    down = by_columns(random(H, N, dtype=dtype, seed=4, device=device, scale=N**-0.5))
+    if name == "cats":
+        rules.gate_threshold[:250] = float("inf")
+    else:
+        rules.predictor_bias[:250] = -1e9
+    want = exact_ffn(x, gate, up, down, rules)
+    unread = ~reference.ffn_keep(x.double(), gate.double(), up.double(), rules)["up"].any(0)
+    up[unread], down[:, unread] = float("nan"), float("nan")
+    given = options(where)
+    if "machine" in given:
+        given["machine"] = replace(cuda_emulator.MACHINE, processors=9)
+    check(products.gated_ffn(x, gate, up, down, rules, **given), want, 4 * torch.ones_like(want))
 
 
 def test_plain_block(where: dict[str, Any]) -> None:

@@ -177,6 +177,8 @@ static float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 #define AS_PARAMETER const
 #define AS_SHARED float* const shared = emulate::shared_memory()
 
+AS_DEVICE int hidden(int v) { return v; }
+AS_DEVICE void touch(const float*, int) {}
 AS_DEVICE float as_float(uint32_t bits) {
   float v;
   std::memcpy(&v, &bits, 4);

@@ -414,15 +414,15 @@ class Builder:
         self.launches.append(Launch(kernel, grid, threads, self.machine.place(shared), parameters, keep))
 
     def _cut(self, outs: list[int], tile: int, splits: int) -> tuple[int, int]:
-        """Columns per block, and splits of the kept: as many blocks as there are multiprocessors, or few less.
+        """Columns per block, and splits of the inputs: as many blocks as there are multiprocessors, or few less.
 
-        Of equals, narrow tiles with few splits: they leave fewer parts to add up.
+        More than four splits cost more to add up than their blocks save.  Of equals, 256 bytes of a column at a time.
         """
 
-        def tiles(width: int) -> int:
-            return sum(-(-out // width) for out in outs)
+        def blocks(cut: tuple[int, int]) -> int:
+            return sum(-(-out // cut[0]) for out in outs) * cut[1]
 
-        widths = (tile,) if tile else (64, 128, 256) if self.compiled <= 2 else (64, 128)
-        cuts = [(width, splits or max(1, min(8, self.machine.processors // tiles(width)))) for width in widths]
-        fitting = [cut for cut in cuts if tiles(cut[0]) * cut[1] <= self.machine.processors]
-        return max(fitting, key=lambda cut: tiles(cut[0]) * cut[1]) if fitting else cuts[-1]
+        widths = (tile,) if tile else (128, 64, 256) if self.compiled <= 2 else (128, 64)
+        cuts = [(width, splits or max(1, min(4, self.machine.processors // blocks((width, 1))))) for width in widths]
+        fitting = [cut for cut in cuts if blocks(cut) <= self.machine.processors]
+        return max(fitting, key=blocks) if fitting else cuts[-1]

@@ -131,10 +131,10 @@ AS_KERNEL(256, 2) attention_kernel(AS_PARAMETER Attention p) {
   const float* const cosine = p.cosine ? angles : nullptr;
 #pragma unroll 1
   for (int g = warp; g < G + 2; g += warps) {
-    if (g < G) {
+    if (hidden(g) < G) {  // hidden: no jump by a table
       sum_head(p.q + (i64)(first + g) * size, p.q_splits, (i64)p.heads * size, size, q + g * size);
       turn_head(p.q_norm ? norms : nullptr, p.q_eps, cosine, angles + half, size, p.scale, q + g * size);
-    } else if (g == G) {
+    } else if (hidden(g) == G) {
       sum_head(p.k + (i64)head * size, p.k_splits, (i64)p.kv_heads * size, size, key);
       turn_head(p.k_norm ? norms + size : nullptr, p.k_eps, cosine, angles + half, size, 1.0f, key);
     } else {

@@ -96,6 +96,11 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
     }
     close_copies();
     wait_for_copies<0>();
+    if ((int)threadIdx.x < width && begin + (int)threadIdx.x < job.out) {
+      touch(p.passing.threshold, begin + threadIdx.x);
+      touch(p.passing.mean, begin + threadIdx.x);
+      touch(job.bias, begin + threadIdx.x);
+    }
   }
   wait_for_previous();
   if (idle) return linger();

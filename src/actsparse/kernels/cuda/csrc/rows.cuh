@@ -119,6 +119,12 @@ AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
       [&](int b, int q, int, float4 v) {
         *reinterpret_cast<float4*>(x + b * 2 * half + ((q >> 1) << 2) + (q & 1 ? half : 0)) = v;
       });
+  if ((int)threadIdx.x < items.count) {
+    const int number = some ? chosen[threadIdx.x] : first + (int)threadIdx.x;
+    touch(p.passing.threshold, number);
+    touch(p.passing.mean, number);
+    touch(paired ? p.job[0].bias : nullptr, number);
+  }
   int slot = 0;
 #pragma unroll 1
   for (int item = warp; item < items.count * per_unit; item += warps) {

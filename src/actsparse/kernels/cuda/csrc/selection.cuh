@@ -147,8 +147,6 @@ AS_DEVICE float load_quads(const Input& in, int rows, const float* residual, con
 
 // ---- who is kept --------------------------------------------------------------------------------------------------------
 
-constexpr int MOST_QUADS = 16;  // of a slice that a thread looks at: four bits each
-
 // An entry of a list: the local input, and where there are several rows which of them keep it, above 16 bits.
 template <int ROWS>
 struct EntryOf {
@@ -223,31 +221,41 @@ struct Share {
 AS_DEVICE Share share_of_chosen(const Chosen& c, int rows, int* counts, int* chosen, int* place, float* source,
                                   float* zeros) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = threadIdx.x, blocks = gridDim.x;
-  const int mine = t < c.segments ? c.count[t] : 0, start = t < c.segments ? c.start[t] : 0, scanned = scan_warp(mine);
+  const int mine = t < c.segments ? c.count[t] : 0, start = t < c.segments ? c.start[t] : 0;
+  // Of a product of all rows the segments lie evenly, and this share probably in those about its number: these values come
+  // with the counts.
+  const int guess = (int)blockIdx.x > 2 ? blockIdx.x - 2 : 0, guessed = share_of(c.size, guess, blocks);
+  float v[B];
+  const auto look = [&](int number, int end) {
+#pragma unroll
+    for (int b = 0; b < B; ++b) v[b] = b < rows && number < end ? c.value[(i64)b * c.size + number] : 0.0f;
+  };
+  look(guessed + t, c.size);
+  const int scanned = scan_warp(mine);
   if (lane == 31) counts[warp] = scanned;
   __syncthreads();
   const Before others = sum_before(counts);
   const int upto = others.before + scanned, total = others.total;
   const int low = share_of(total, blockIdx.x, blocks), high = share_of(total, blockIdx.x + 1, blocks);
-  int* const found = counts + MOST_WARPS;
   // Those before the first belong to it; where there is none, each block has a share of all.
   int position = total ? 0 : share_of(c.size, blockIdx.x, blocks), before = 0;
   const int end = total ? c.size : share_of(c.size, blockIdx.x + 1, blocks);
+  int* const found = counts + MOST_WARPS;
   if (low && upto - mine <= low && low < upto) found[0] = start, found[1] = upto - mine;
+  if (t == guess) found[2] = start == guessed ? upto - mine : total;
   __syncthreads();
-  if (low) position = found[0], before = found[1];
+  bool there = low && guess < c.segments && found[2] <= low;
+  if (there) position = guessed, before = found[2];
+  else if (low) position = found[0], before = found[1];
   if (total && low == high) return Share{0, position};
   const int first = position;
 #pragma unroll 1
-  for (; position < end && before <= high; position += blockDim.x) {
+  for (; position < end && before <= high; position += blockDim.x, there = false) {
     const int number = position + t;
-    float v[B];
+    if (!there) look(number, end);
     bool kept = false;
 #pragma unroll
-    for (int b = 0; b < B; ++b) {
-      v[b] = b < rows && number < end ? c.value[(i64)b * c.size + number] : 0.0f;
-      kept = kept || v[b] != 0.0f;
-    }
+    for (int b = 0; b < B; ++b) kept = kept || v[b] != 0.0f;
     const u32 ballot = __ballot_sync(0xffffffffu, kept);
     __syncthreads();  // counts and found have been read
     if (lane == 0) counts[warp] = __popc(ballot);
