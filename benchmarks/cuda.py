@@ -3,7 +3,7 @@
     python benchmarks/cuda.py steps dense chess:0.5 teal:0.5 coreinfer:0.6 relu svdp
     python benchmarks/cuda.py products
 
-A step is checked against a float32 forward pass, and what it reads of the weights is set against the rate at which the card adds
+A step is checked against a float32 forward pass; what it reads of the weights is set against the rate at which the card adds
 up 2 GiB.  Its thresholds are quantiles of the token's own activations, layer by layer, so that the sparsity is exact.  ReGLU
 models have a gate of rank 512 with a bias that leaves 10 % positive, and a predictor, its factors, that names 25 %.  Times are
 medians of CUDA-graph replays.
