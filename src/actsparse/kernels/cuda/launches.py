@@ -209,6 +209,7 @@ class Builder:
         out: Tensor | None = None,
         prefetch: bool = False,
         beside: bool = False,
+        known: bool = False,
         keep: tuple[Any, ...] = (),
     ) -> list[Parts] | Kept:
         """Every matrix by rows; with ``chosen``, only the rows that passed another product, or an int32 list of them.
@@ -216,7 +217,7 @@ class Builder:
         What passes a ``rule`` comes with zeros for the others, of a list in its order; the results of all rows come as
         vectors, or as ``rounded`` or ``out``.  ``prefetch`` brings all weights into L2 while the kernel before runs: a short
         one that reads little.  ``beside`` runs at the same time as the launch before, a product of the same x on whose
-        results nothing here depends.
+        results nothing here depends.  ``known``: the launch before does not write x.
         """
         rows, size, compiled = self.rows, x.size, self.compiled
         paired = mode == PAIRED
@@ -254,7 +255,7 @@ class Builder:
             keep = (*keep, kept, alive)
         p.jobs, p.units, p.mode, p.rows = len(matrices), units, mode, rows
         p.activation, p.second_activation = ACTIVATIONS[activation], ACTIVATIONS[second_activation]
-        p.prefetch_rows, p.beside = (THREADS if prefetch else 0), beside
+        p.prefetch_rows, p.beside, p.known = (THREADS if prefetch else 0), beside, known
         self.launch("rows", THREADS, shared, p, (keep, rounded, chosen))
         return kept if kept is not None else results
 
@@ -385,18 +386,22 @@ class Builder:
             # Whole groups of four are read; the last ones' values are zeros.
             chosen = torch.nn.functional.pad(chosen, (0, -len(chosen) % 4))[: len(chosen)]
         if gate is None:
-            return self.rows_product(x, [up], mode=ACTIVATED, activation=rules.activation, rule=rule, chosen=chosen)
+            return self.rows_product(
+                x, [up], mode=ACTIVATED, activation=rules.activation, rule=rule, chosen=chosen,
+                known=isinstance(chosen, Kept),
+            )  # fmt: skip
         if rules.gate_threshold is None:
             return self.rows_product(
                 x, [gate, up], mode=PAIRED, activation=rules.activation, second_activation=rules.up_activation,
-                rule=rule, chosen=chosen,
+                rule=rule, chosen=chosen, known=isinstance(chosen, Kept),
             )  # fmt: skip
         open_gates = self.rows_product(
-            x, [gate], mode=ACTIVATED, activation=rules.activation, rule=Rule(rules.gate_threshold), chosen=chosen
-        )
+            x, [gate], mode=ACTIVATED, activation=rules.activation, rule=Rule(rules.gate_threshold), chosen=chosen,
+            known=isinstance(chosen, Kept),
+        )  # fmt: skip
         assert isinstance(open_gates, Kept)
         return self.rows_product(
-            x, [up], mode=TIMES_SOURCE, second_activation=rules.up_activation, rule=rule, chosen=open_gates
+            x, [up], mode=TIMES_SOURCE, second_activation=rules.up_activation, rule=rule, chosen=open_gates, known=True
         )
 
     @property

@@ -80,6 +80,7 @@ class Rows(Structure):
         ("rows", c_int32),
         ("prefetch_rows", c_int32),
         ("beside", c_int32),
+        ("known", c_int32),
     ]
 
 

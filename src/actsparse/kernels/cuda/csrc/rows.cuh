@@ -17,6 +17,7 @@ struct Rows {
   Job job[3];
   Passing passing;          // results instead of y
   int jobs, units, mode, activation, second_activation, rows, prefetch_rows, beside;
+  int known;                // x does not depend on the kernel before
 };
 
 constexpr int RING = AS_RING;  // 16-byte copies under way per thread
@@ -104,21 +105,28 @@ AS_KERNEL(512, BLOCKS) rows_kernel(AS_PARAMETER Rows p) {
       prefetch(job.w + (i64)(unit - job.begin) * job.stride, (u32)size * 2);
     }
   }
-  if (p.beside) let_next_start();
-  else wait_for_previous();
-  if (valued) {
-    const Share share = share_of_chosen(p.chosen, p.rows, reinterpret_cast<int*>(scratch), chosen, place, source,
-                                        p.passing.value);
-    items.count = share.count;
-    start = share.start;
+  float factor = 1.0f;
 #pragma unroll 1
-    for (int s = 0; s < RING; ++s) ahead.next(items, size);
+  for (int waited = 0; waited < 2; ++waited) {
+    if (waited) {
+      if (p.beside) let_next_start();
+      else wait_for_previous();
+      if (valued) {
+        const Share share =
+            share_of_chosen(p.chosen, p.rows, reinterpret_cast<int*>(scratch), chosen, place, source, p.passing.value);
+        items.count = share.count;
+        start = share.start;
+#pragma unroll 1
+        for (int s = 0; s < RING; ++s) ahead.next(items, size);
+      }
+    }
+    if (waited == p.known) continue;
+    factor = load_quads(
+        p.input, p.rows, p.input.residual, p.input.norm, size / 4, scratch, [](int q) { return 4 * q; },
+        [&](int b, int q, int, float4 v) {
+          *reinterpret_cast<float4*>(x + b * 2 * half + ((q >> 1) << 2) + (q & 1 ? half : 0)) = v;
+        });
   }
-  const float factor = load_quads(
-      p.input, p.rows, p.input.residual, p.input.norm, size / 4, scratch, [](int q) { return 4 * q; },
-      [&](int b, int q, int, float4 v) {
-        *reinterpret_cast<float4*>(x + b * 2 * half + ((q >> 1) << 2) + (q & 1 ? half : 0)) = v;
-      });
   if ((int)threadIdx.x < items.count) {
     const int number = some ? chosen[threadIdx.x] : first + (int)threadIdx.x;
     touch(p.passing.threshold, number);
