@@ -13,7 +13,7 @@ import torch
 
 from actsparse import kernels
 from actsparse.kernels import Rules, reference
-from actsparse.kernels.cuda import compiler, ffn_obstacle, layout_obstacle, products
+from actsparse.kernels.cuda import compiler, ffn_obstacle, layout_obstacle, linear_obstacle, products
 from tests import cuda_emulator
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -69,6 +69,19 @@ def test_columns_below_the_threshold_are_not_read(where: dict[str, Any], dtype: 
     for tile, splits in ((0, 0), (32, 1), (64, 3), (128, 2), (256, 5)):
         got = products.linear(x, weight, bias, threshold, tile=tile, splits=splits, **options(where))
         check(got, want, scale)
+
+
+def test_more_rows_than_fit_shared_memory_are_read_in_slices(where: dict[str, Any]) -> None:
+    device = where["device"]
+    x = random(8, 8200, dtype=torch.bfloat16, seed=1, device=device)
+    weight = by_columns(random(64, 8200, dtype=torch.bfloat16, seed=2, device=device))
+    threshold = torch.full((8200,), 2.0, device=device)
+    assert linear_obstacle(x, weight) == ""
+    assert "8 rows of 8200 values do not fit" in linear_obstacle(x, weight.contiguous())
+    want = reference.linear(x.double(), weight.double(), None, threshold)
+    scale = x.double().abs() @ weight.double().abs().T
+    weight[:, ~reference.keep(x, threshold).any(0)] = float("nan")
+    check(products.linear(x, weight, None, threshold, **options(where)), want, scale)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])

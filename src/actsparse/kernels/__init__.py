@@ -173,7 +173,7 @@ def _linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, thresh
         return _linear_reference(x, weight, bias, threshold)
     _check_linear(x, weight, bias, threshold)
     if x.is_cuda:
-        if cuda.linear_obstacle(x):
+        if cuda.linear_obstacle(x, weight):
             return _linear_reference(x, weight, bias, threshold)
         return cuda.linear(x, weight, bias, threshold)
     return cpu.linear(x, weight, bias, threshold)

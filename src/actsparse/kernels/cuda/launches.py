@@ -37,6 +37,7 @@ THREADS = 512
 # Weights of a product whose parts are worth the launch that adds them up and rounds them: four microseconds on an H100.
 _WORTH_SPLITTING = 32 << 20
 _PART = 2048  # inputs of a row that one warp takes at a time
+NARROWEST = 32  # outputs of a block
 _WARPS = THREADS // 32
 _SCRATCH = 4 * _WARPS  # floats of a block
 _MOST_SLICE = 16 * 4 * THREADS  # inputs whose bits a block's threads remember
@@ -146,6 +147,12 @@ def input_of(
         size,
         norm[1] if norm else 0.0,
     )
+
+
+def columns_bytes(machine: Machine, compiled: int, inputs: int, sides: int, tile: int, column: bool) -> int:
+    """Shared memory of a product by columns: ``inputs`` of a block, ``sides`` matrices side by side, ``tile`` outputs."""
+    floats = _SCRATCH + inputs * (compiled + column) + sides * _WARPS * compiled * tile
+    return machine.ring_bytes + 4 * floats + (2 if compiled == 1 else 4) * sides * inputs
 
 
 def _chosen(chosen: Kept | Tensor | None) -> Chosen:
@@ -287,14 +294,12 @@ class Builder:
             splits = 1
         tile, splits = self._cut(outs, tile, splits)
         while True:
-            slice_size = 32 * -(-size // 32 // splits) if size % 32 == 0 else 32 * -(-(size // 32 + 1) // splits)
-            floats = _SCRATCH + slice_size * compiled + sides * _WARPS * compiled * tile
-            floats += slice_size if column is not None else 0
-            shared = self.machine.ring_bytes + 4 * floats + (2 if compiled == 1 else 4) * sides * slice_size
+            slice_size = 32 * -(-(size + 31 & ~31) // 32 // splits)
+            shared = columns_bytes(self.machine, compiled, slice_size, sides, tile, column is not None)
             fits = shared <= self.machine.shared_bytes and slice_size <= _MOST_SLICE
-            if fits or (tile == 32 and (splits >= 64 or rule is not None)):
+            if fits or (tile == NARROWEST and (splits >= 64 or rule is not None)):
                 break
-            tile, splits = (tile // 2, splits) if tile > 32 and (splits >= 8 or rule) else (tile, splits * 2)
+            tile, splits = (tile // 2, splits) if tile > NARROWEST and (splits >= 8 or rule) else (tile, splits * 2)
         jobs, results, begin = (Job * 3)(), [], 0
         direct = rounded is not None and splits == 1
         for at, (matrix, threshold) in enumerate(matrices):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..rules import Rules
 from . import compiler
-from .launches import Machine, Matrix, compiled_rows
+from .launches import NARROWEST, Machine, Matrix, columns_bytes, compiled_rows
 
 # Of a block's shared memory, beside x in float32 and the weights that are being copied: for lists and sums.
 _REST_BYTES = 20 << 10
@@ -28,22 +28,36 @@ def layout_obstacle(weight: Tensor) -> str:
     return ""
 
 
-def linear_obstacle(x: Tensor) -> str:
-    """Why a product has no CUDA path, in words; empty when it has one."""
+def linear_obstacle(x: Tensor, weight: Tensor | None = None) -> str:
+    """Why a product of x has no CUDA path, in words; empty when it has one.  By columns, x may be read slice by slice."""
     rows = compiled_rows(x.numel() // x.shape[-1])
     if x.shape[-1] % 8:
         return f"x has {x.shape[-1]} values, expected a multiple of 8"
-    machine = compiler.machine(x.device.index or 0) if x.is_cuda else Machine()
+    if weight is not None and Matrix(weight).columns:
+        return ""
+    machine = _machine_of(x)
     room = machine.shared_bytes - machine.ring_bytes - _REST_BYTES
-    return f"{rows} rows of {x.shape[-1]} values do not fit shared memory" if 4 * rows * x.shape[-1] > room else ""
+    return _too_many(rows, x) if 4 * rows * x.shape[-1] > room else ""
+
+
+def _machine_of(x: Tensor) -> Machine:
+    return compiler.machine(x.device.index or 0) if x.is_cuda else Machine()
+
+
+def _too_many(rows: int, x: Tensor) -> str:
+    return f"{rows} rows of {x.shape[-1]} values do not fit shared memory"
 
 
 def ffn_obstacle(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> str:
     """Why a block has no CUDA path, in words; empty when it has one."""
-    last_input = x if Matrix(down).columns else x.new_empty((*x.shape[:-1], down.shape[1]), device="meta")
-    for values in (x, last_input):
-        if obstacle := linear_obstacle(values):
+    last_input = x.new_empty((*x.shape[:-1], down.shape[1]), device="meta") if not Matrix(down).columns else x
+    for values, weight in ((x, up), (last_input, down)):
+        if obstacle := linear_obstacle(values, weight):
             return obstacle
+    if Matrix(up).columns:
+        machine, rows, sides = _machine_of(x), compiled_rows(x.numel() // x.shape[-1]), 1 if gate is None else 2
+        if columns_bytes(machine, rows, x.shape[-1] + 31 & ~31, sides, NARROWEST, False) > machine.shared_bytes:
+            return _too_many(rows, x)
     columns = [Matrix(weight).columns for weight in (gate, up, down) if weight is not None]
     first, last = columns[0], columns[-1]
     sparse = any(
