@@ -60,12 +60,12 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
   const Slice slice{split, p.splits, p.input.size};
   const Job& job = sides > 1 ? p.job[0] : job_of(p.job, p.jobs, tile);
   const int begin = (tile - job.begin) * width;
-  float* const early = shared;                                // thresholds [sides, slice], residual [I], norm [I]; then the ring
+  float* const early = shared;  // thresholds [sides, slice], residual [I], norm [I]; then the ring
   float* const scratch = shared + blockDim.x * RING * 4;
   float* const x = scratch + 4 * MOST_WARPS;                  // [slice, B]
   float* const results = x + p.slice * B;                     // [sides, warps, B, width]
-  int* const column = reinterpret_cast<int*>(results + sides * MOST_WARPS * B * width);  // [slice] if any
-  Entry* const list = reinterpret_cast<Entry*>(column + (p.column ? p.slice : 0));           // [sides, slice]
+  int* const column = reinterpret_cast<int*>(results + sides * MOST_WARPS * B * width);      // [slice] if any
+  Entry* const list = reinterpret_cast<Entry*>(column + (p.column ? p.slice : 0));  // [sides, slice]
   const float* residual = p.input.residual;
   const float* norm = p.input.norm;
   const float* threshold[2] = {job.threshold, p.job[1].threshold};
@@ -118,9 +118,9 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
         if (B == 1) *reinterpret_cast<float4*>(to) = v;
         else to[0] = v.x, to[B] = v.y, to[2 * B] = v.z, to[3 * B] = v.w;
       });
-  Coming coming{{nullptr, nullptr}, list, p.column ? column : nullptr, reinterpret_cast<u16*>(shared) + warp * RING * 256 + 8 * lane,
-                {job.stride, p.job[1].stride}, {0, 0}, p.slice, p.splits, sides, p.bits, (int)threadIdx.x >> p.bits,
-                0, 0, 0};
+  u16* const ring = reinterpret_cast<u16*>(shared) + warp * RING * 256 + 8 * lane;
+  Coming coming{{nullptr, nullptr}, list, p.column ? column : nullptr, ring, {job.stride, p.job[1].stride}, {0, 0}, p.slice,
+                p.splits, sides, p.bits, (int)threadIdx.x >> p.bits, 0, 0, 0};
 #pragma unroll 1
   for (int side = 0; side < sides; ++side) {
     const int count = keep_inputs(slice, x, factor, side ? threshold[1] : threshold[0], p.staged,

@@ -5,7 +5,7 @@
 // hundred differ by some per cent.  Neurons come from the product before as a vector with zeros for what was dropped; rows, of
 // which a block takes few, are shared out evenly, by the counts that the blocks of that product left.
 //
-// Every instruction here is waited for, cold: a block runs it once, and its instructions come from L2.  Few of them is fast.
+// Everybody waits for what happens here, 16 warps at once: few instructions, and few journeys to memory, one after the other.
 constexpr int B = AS_ROWS;
 constexpr int BLOCKS = B <= 2 ? 2 : 1;  // resident on a multiprocessor: room for the next kernel to start early
 
@@ -84,12 +84,12 @@ struct Slice {
   AS_MEMBER int input(int q) const { return 4 * (((q >> 3) * splits + split) * 8 + (q & 7)); }  // the first of local quad q
 };
 
-// x in float32, quad by quad: at(q) is the first input of quad q, of `count`; store(b, q, input, v) takes it, of quads beyond the
-// inputs with a negative input and zeros.  A thread meets quads threadIdx.x, threadIdx.x + blockDim.x ...  Returns what the norm
-// still has to be multiplied with.
+// x in float32, quad by quad: at(q) is the first input of quad q, of `count`; store(b, q, input, v) takes it, of quads beyond
+// the inputs with a negative input and zeros.  A thread meets quads threadIdx.x, threadIdx.x + blockDim.x ...  Returns what the
+// norm still has to be multiplied with.
 template <class At, class Store>
-AS_DEVICE float load_quads(const Input& in, int rows, const float* residual, const float* norm, int count, float* scratch, At at,
-                           Store store) {
+AS_DEVICE float load_quads(const Input& in, int rows, const float* residual, const float* norm, int count, float* scratch,
+                           At at, Store store) {
   constexpr int TOGETHER = 2;
   float square = 0.0f;
 #pragma unroll 1
@@ -199,13 +199,12 @@ AS_DEVICE int keep_inputs(const Slice& slice, const float* x, float factor, cons
   Entry* to = list + others.before + upto - mine;
 #pragma unroll 1
   for (int q = threadIdx.x; kept; q += blockDim.x, kept >>= 4) {
-    float4 least;
-    if (B > 1) least = least_of(q);
+    const float4 least = B > 1 ? least_of(q) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if ((u32)kept >> e & 1u) {
-        u32 mask = 0;
-        if (B > 1) mask = keepers(x + (4 * q + e) * B, factor, e == 0 ? least.x : e == 1 ? least.y : e == 2 ? least.z : least.w);
+        const float bound = e == 0 ? least.x : e == 1 ? least.y : e == 2 ? least.z : least.w;
+        const u32 mask = B > 1 ? keepers(x + (4 * q + e) * B, factor, bound) : 0;
         *to++ = (Entry)(mask << 16 | (u32)(4 * q + e));
       }
   }
