@@ -15,7 +15,7 @@ from actsparse.calibration.pack import Settings, pack
 from actsparse.kernels.cuda import compiler, tiles
 from actsparse.kernels.cuda import decoder as cuda_decoder
 from actsparse.measure.bench.run import tolerance
-from actsparse.runtime import decode, swap
+from actsparse.runtime import decode, stepping, swap
 from actsparse.runtime.graded import GradedLinear
 from actsparse.runtime.packed import PackedLinear
 from actsparse.runtime.prompts import read
@@ -115,3 +115,21 @@ def test_packed_models_take_the_same_steps(
         assert float((got - want).norm() / want.norm()) <= tolerance(torch.bfloat16, 2, sparse=False)
     decoder.rewind(22)
     assert torch.equal(decoder.step(11), got)
+
+
+def test_packed_layers_after_plain_ones_are_refused(
+    tmp_path: Path, tiny: Callable[..., Any], tokenizer: Any, text_file: Path
+) -> None:
+    source, packed = tmp_path / "dense", tmp_path / "packed"
+    model = tiny("llama", torch.bfloat16, intermediate_size=136)
+    model.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    pack(str(source), packed, Settings(bits_read=3.0, text=str(text_file), tokens=1024))
+    other = in_tiles(swap.restore(swap.open_model(str(packed))))
+    assert stepping.obstacle_of(other, cuda=True) is None
+    layers = model.get_decoder().layers
+    layers[1] = other.get_decoder().layers[1]
+    want = "layer 1 is packed and layer 0 before it is not, which the CUDA decode step does not take"
+    assert stepping.obstacle_of(model, cuda=True) == want
+    layers[0], layers[1] = other.get_decoder().layers[0], layers[0]
+    assert stepping.obstacle_of(model, cuda=True) is None
