@@ -191,6 +191,22 @@ def test_plain_block(where: dict[str, Any]) -> None:
     check(products.gated_ffn(x, None, up, down, rules, **options(where)), want, 4 * torch.ones_like(want))
 
 
+@pytest.mark.parametrize("neurons", [1, 38, 131])
+def test_block_of_chosen_neurons_has_any_number_of_them(where: dict[str, Any], neurons: int) -> None:
+    device = where["device"]
+    x, gate, up, rest = (
+        random(size, H, dtype=torch.bfloat16, seed=seed, device=device, scale=scale)
+        for seed, (size, scale) in enumerate(
+            [(2, 1.0), (neurons, H**-0.5), (neurons, H**-0.5), (neurons, neurons**-0.5)]
+        )
+    )
+    rules = Rules(activation="silu")
+    assert ffn_obstacle(x, gate, up, rest.t(), rules) == ""
+    got = products.gated_ffn(x, gate, up, rest.t(), rules, **options(where))
+    want = exact_ffn(x, gate, up, rest.t(), rules)
+    check(got, want, 4 * torch.ones_like(want))
+
+
 def test_odd_sizes_are_refused_with_the_reason() -> None:
     assert "multiples of 8" in layout_obstacle(torch.zeros(10, 12))
     assert layout_obstacle(torch.zeros(10, 16)) == ""
