@@ -238,6 +238,8 @@ def test_many_rows_in_bfloat16(isa: str, threads: int, stored: int, out: int, ro
     x[3] *= 0
     x[5, 7] = float("nan")
     assert many.fits(x) == cpu.has_many_rows()
+    assert kernels.graded_path(x, case.packed) == (f"cpu-{isa}" if cpu.has_many_rows() else "reference")
+    assert kernels.graded_path(case.x, case.packed) == "reference"
     found = kernels.graded_linear(x, case.packed, None, case.center, case.start)
     exact = planes.linear(x.double(), case.packed, None, case.center, case.start)
     whole = np.isnan(exact.numpy())

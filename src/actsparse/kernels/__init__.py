@@ -220,10 +220,16 @@ def packed_of(packed: Nested, *rules: Tensor | None) -> Any:
 
 
 def graded_path(x: Tensor, packed: Nested) -> str:
-    """The path of :func:`graded_linear` with these operands: "cpu-" and the instruction set, "cuda-", or "reference"."""
+    """The path of :func:`graded_linear` with these operands: "cpu-" and the instruction set, "cuda-", or "reference".
+
+    Of more than 8 rows on the CPU, when every plane is read.
+    """
     if isinstance(packed, cuda.Tiles):
         return "reference" if cuda.graded.graded_obstacle(x, packed) else f"cuda-{cuda.architecture(x.device.index)}"
-    return "reference" if _packed_obstacle(x, packed) else f"cpu-{isa()}"
+    natively = not _packed_obstacle(x, packed)
+    if not natively and _rows(x) > MAX_BATCH:
+        natively = x.is_cpu and not cpu.missing and not cpu.packed_obstacle(packed) and many.fits(x)
+    return f"cpu-{isa()}" if natively else "reference"
 
 
 def _matrix_for(packed: planes.Packed, *rules: Tensor | None) -> Matrix | None:
