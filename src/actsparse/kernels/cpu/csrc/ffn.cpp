@@ -91,12 +91,17 @@ bool valid_ffn(const as_ffn& f) {
 void Gating::gate(int64_t row, int64_t first, int64_t n) const {
   float* const g = v + row * stride + first;
   const float* const up = u ? u + row * stride + first : nullptr;
-  for (int64_t i = 0; i < n; ++i) {
-    const float product = up ? g[i] * up[i] : g[i];
-    const bool dropped = (f->gate_threshold && __builtin_fabsf(g[i]) < f->gate_threshold[first + i]) ||
-                         (f->value_threshold && __builtin_fabsf(product) < f->value_threshold[first + i]);
-    g[i] = dropped ? 0.0f : f->mean ? product - f->mean[first + i] : product;
+  if (f->gate_threshold || f->value_threshold) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float product = up ? g[i] * up[i] : g[i];
+      const bool dropped = (f->gate_threshold && __builtin_fabsf(g[i]) < f->gate_threshold[first + i]) ||
+                           (f->value_threshold && __builtin_fabsf(product) < f->value_threshold[first + i]);
+      g[i] = dropped ? 0.0f : f->mean ? product - f->mean[first + i] : product;
+    }
+    return;
   }
+  if (up) combine(g, up, n, [](auto x, auto y) { return x * y; });
+  if (f->mean) combine(g, f->mean + first, n, [](auto x, auto y) { return x - y; });
 }
 
 void packed_ffn(const as_ffn& f, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t batch, as_stats* stats,

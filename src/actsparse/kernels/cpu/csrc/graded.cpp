@@ -58,6 +58,8 @@ struct Units {
 };
 
 constexpr int64_t quarter_outputs = tile_outputs / 4;
+// Written out, because compilers vectorise the loop around them instead.
+using Int4 = int32_t __attribute__((vector_size(16)));
 
 // One packed product inside a region.
 class Packed {
@@ -72,6 +74,8 @@ class Packed {
     const int64_t least = (tiles_ + strip_tiles - 1) / strip_tiles, quads = (tiles_ + 3) / 4;
     strips_ = (4 * tasks + blocks_ - 1) / blocks_;
     strips_ = tasks == 1 || strips_ < least ? least : strips_ < quads ? strips_ : quads;
+    begins_ = arena().take<int64_t>(strips_ + 1);
+    for (int64_t k = 0; k <= strips_; ++k) begins_[k] = k == strips_ ? tiles_ : tiles_ * k / strips_ / 4 * 4;
     // Two blocks at a time have half the sums to store for each column.
     span_ = strips_ * blocks_ < 16 * tasks && tasks > 1 ? 1 : listed_columns / block_columns;
     lists_ = (blocks_ + span_ - 1) / span_;
@@ -79,7 +83,6 @@ class Packed {
     magnitudes_ = arena().take<Magnitude>(batch * blocks_);
     coefficient_stride_ = padded(p_->w->in);
     coefficients_ = arena().take<float>(batch * coefficient_stride_);
-    graded_ = Claims(tasks);
     joined_ = Claims(tasks);
     next_ = arena().take<Counter>(tasks + 2);
     for (int64_t t = 0; t < tasks + 2; ++t) next_[t].value = 0;
@@ -88,20 +91,19 @@ class Packed {
     for (int64_t k = 0; k < tasks * strips_; ++k) touched_[k] = false;
   }
 
-  void grade(int64_t task, const float* norm_scales) const {
-    for (int64_t i = 0; i < tasks_; ++i) {
-      const int64_t part = (task + i) % tasks_;
-      if (!graded_.take(part)) continue;
-      const Slice s = slice_of(blocks_, part, tasks_);
-      for (int64_t b = 0; b < batch_; ++b)
-        for (int64_t k = s.begin; k < s.end; ++k) grade_block(b, k, norm_scales[b]);
-      graded_.finish(part);
-    }
+  int64_t blocks() const { return blocks_; }
+
+  // What a row reads of a block, whose inputs are x[0], x[1], ...
+  void grade(int64_t row, int64_t block, const float* x) const {
+    const int64_t at = row * blocks_ + block, first = block * block_columns, rest = p_->w->in - first;
+    const Grades g = ops_->grade(*w_, p_->w->in, x, first, rest < block_columns ? rest : block_columns,
+                                 coefficients_ + row * coefficient_stride_ + first);
+    grades_[at] = g;
+    magnitudes_[at] = {g.sum, g.top, int32_t(__builtin_popcountll(g.read[0])), 0};
   }
 
-  // After every task has graded.
+  // After every block was graded.
   Units units() const {
-    graded_.wait();
     Units u;
     for (int64_t b = 0; b < batch_; ++b) u.of[b] = unit_of(magnitudes_ + b * blocks_, blocks_);
     return u;
@@ -182,29 +184,13 @@ class Packed {
   }
 
  private:
-  void grade_block(int64_t row, int64_t block, float norm_scale) const {
-    const int64_t at = row * blocks_ + block, first = block * block_columns, rest = p_->w->in - first;
-    const int64_t count = rest < block_columns ? rest : block_columns;
-    const float* x = p_->x.x + row * p_->x.stride + first;
-    float normed[block_columns];
-    if (p_->norm) {
-      const float* const stream = p_->stream->at + row * p_->stream->stride + first;
-      const float* const weight = p_->norm->weight ? p_->norm->weight + first : nullptr;
-      for (int64_t c = 0; c < count; ++c) normed[c] = stream[c] * norm_scale * (weight ? weight[c] : 1.0f);
-      x = normed;
-    }
-    const Grades g = ops_->grade(*w_, p_->w->in, x, first, count, coefficients_ + row * coefficient_stride_ + first);
-    grades_[at] = g;
-    magnitudes_[at] = {g.sum, g.top, int32_t(__builtin_popcountll(g.read[0])), 0};
-  }
-
   int64_t centre_stride() const { return (tiles_ * tile_groups + 15) / 16 * 16; }
   // A task's sums, then its centres. Lines of two tasks lie far enough apart that no core fetches another's as a neighbour.
   int64_t task_stride() const { return batch_ * (tiles_ * tile_outputs + centre_stride()) + 1024; }
   int32_t* sums(int64_t task, int64_t row) const { return sums_ + task * task_stride() + row * tiles_ * tile_outputs; }
   int32_t* centres(int64_t task, int64_t row) const { return sums(task, batch_) + row * centre_stride(); }
   // Strips begin at whole fours of tiles: sixteen groups.
-  int64_t strip_begin(int64_t strip) const { return strip == strips_ ? tiles_ : tiles_ * strip / strips_ / 4 * 4; }
+  int64_t strip_begin(int64_t strip) const { return begins_[strip]; }
 
   // A strip's block that nobody has begun: of this task's own share, or when that is done, of another's. Shares known to be
   // done are marked in one word, because looking at everybody's counter costs as much as a block.
@@ -278,12 +264,11 @@ class Packed {
   template <typename F>
   void join_row(int64_t row, int64_t tile, int64_t field, float unit, F&& combined) const {
     int32_t total[quarter_outputs] = {}, centre[tile_groups] = {};
-    int64_t strip = tile * strips_ / tiles_;
+    int64_t strip = 0;
     while (strip_begin(strip + 1) <= tile) ++strip;
-    while (strip_begin(strip) > tile) --strip;
     const int64_t at = tile * tile_outputs + field * quarter_outputs;
     // Other cores' lines, all asked for before the first is needed.
-    for (int64_t t = 0; t < tasks_; ++t) {
+    for (int64_t t = 0; tasks_ > 1 && t < tasks_; ++t) {
       if (!touched_[t * strips_ + strip]) continue;
       for (int64_t k = 0; k < quarter_outputs; k += 16) __builtin_prefetch(sums(t, row) + at + k);
       __builtin_prefetch(centres(t, row) + tile * tile_groups);
@@ -295,19 +280,28 @@ class Packed {
       for (int64_t l = 0; l < tile_groups; ++l) centre[l] += centres(t, row)[tile * tile_groups + l];
     }
     const float scale = unit / float(1 << (2 * w_->planes));
-    for (int64_t l = 0; l < tile_groups; ++l) {
-      const int64_t first = tile * tile_outputs + 64 * l + 16 * field, rest = p_->w->out - first, n = rest < 16 ? rest : 16;
-      if (n <= 0) return;
-      float values[16];
-      for (int64_t k = 0; k < 4; ++k)
-        for (int64_t j = 0; j < 4; ++j) values[4 * k + j] = float(2 * total[16 * k + 4 * l + j] - centre[l]) * scale;
-      if (const float* const start = p_->w->bias)
-        for (int64_t o = 0; o < n; ++o) values[o] += start[first + o];
-      if (p_->activation != no_activation) p_->isa->activate(p_->activation, values, n);
+    alignas(64) float values[tile_groups][16];
+    for (int64_t l = 0; l < tile_groups; ++l)
+      for (int64_t k = 0; k < 4; ++k) {
+        Int4 t;
+        __builtin_memcpy(&t, total + 16 * k + 4 * l, sizeof t);
+        const Float4 v = __builtin_convertvector(t + t - centre[l], Float4) * scale;
+        __builtin_memcpy(values[l] + 4 * k, &v, sizeof v);
+      }
+    const int64_t begin = tile * tile_outputs + 16 * field;
+    const auto left = [&](int64_t l) { return p_->w->out - begin - 64 * l < 16 ? p_->w->out - begin - 64 * l : 16; };
+    for (int64_t l = 0; p_->w->bias && l < tile_groups; ++l)
+      combine(values[l], p_->w->bias + begin + 64 * l, left(l), [](auto x, auto y) { return x + y; });
+    if (p_->activation != no_activation) p_->isa->activate(p_->activation, values[0], quarter_outputs);
+    for (int64_t l = 0; l < tile_groups && left(l) > 0; ++l) {
+      const int64_t first = begin + 64 * l, n = left(l);
+      float* const to = p_->out + row * p_->out_stride + first;
       if (p_->onto)
-        p_->onto->raise(row, first, n, p_->onto_scale, values);
+        p_->onto->raise(row, first, n, p_->onto_scale, values[l]);
+      else if (n == 16)
+        __builtin_memcpy(to, values[l], sizeof values[l]);
       else
-        __builtin_memcpy(p_->out + row * p_->out_stride + first, values, size_t(n) * sizeof(float));
+        __builtin_memcpy(to, values[l], size_t(n) * sizeof(float));
       combined(row, first, n);
     }
   }
@@ -317,16 +311,42 @@ class Packed {
   const GradedOps* ops_ = nullptr;
   int64_t batch_ = 0, tasks_ = 0, groups_ = 0, blocks_ = 0, tiles_ = 0, strips_ = 0, coefficient_stride_ = 0;
   int64_t span_ = 0, lists_ = 0;  // blocks of a list; lists of a strip
+  int64_t* begins_ = nullptr;     // the strips' first tiles, and the end
   Grades* grades_ = nullptr;       // [batch, blocks]
   Magnitude* magnitudes_ = nullptr;
   float* coefficients_ = nullptr;  // [batch, stride]
-  Claims graded_, joined_;
+  Claims joined_;
   Counter* next_ = nullptr;  // of each task's share, then how many blocks are done, and whose share is
   int32_t* sums_ = nullptr;  // of each task and row, with the centres
   bool* touched_ = nullptr;  // [tasks, strips]
 };
 
 constexpr int64_t together = 3;  // products of a region
+
+// Grades this task's share of the blocks, and what nobody has begun, for all products of a region; returns when all are graded.
+// They have one input.
+void grade(const Packed* packed, Product* const* products, int64_t count, int64_t batch, const Claims& claims, int64_t task,
+           int64_t tasks) {
+  const Product& p = *products[0];
+  float scales[AS_MAX_BATCH];
+  if (p.norm)
+    for (int64_t b = 0; b < batch; ++b) scales[b] = p.stream->norm_scale(b, p.norm->eps);
+  for (int64_t i = 0; i < tasks; ++i) {
+    const int64_t part = (task + i) % tasks;
+    if (!claims.take(part)) continue;
+    const Slice s = slice_of(packed[0].blocks(), part, tasks);
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t k = s.begin; k < s.end; ++k) {
+        const int64_t first = k * block_columns, rest = p.w->in - first;
+        float normed[block_columns];
+        if (p.norm) p.stream->normed(b, first, rest < block_columns ? rest : block_columns, scales[b], p.norm->weight, normed);
+        for (int64_t n = 0; n < count; ++n)
+          packed[n].grade(b, k, p.norm ? normed : products[n]->x.x + b * products[n]->x.stride + first);
+      }
+    claims.finish(part);
+  }
+  claims.wait();
+}
 
 // Adds up what this task gets of the products, one after the other without a pause; `room` is its own.
 void add_up(const Packed* packed, const Units* units, int64_t count, int64_t task, Room* room) {
@@ -372,11 +392,9 @@ void run_packed(Product* const* products, int64_t count, int64_t batch, as_stats
   Packed packed[together];
   for (int64_t k = 0; k < count; ++k) packed[k] = Packed(*products[k], batch, tasks);
   Room* const rooms = arena().take<Room>(tasks);
+  const Claims graded(tasks);
   parallel(tasks, [&](int64_t task) {
-    float norm_scales[AS_MAX_BATCH] = {};
-    if (products[0]->norm)
-      for (int64_t b = 0; b < batch; ++b) norm_scales[b] = products[0]->stream->norm_scale(b, products[0]->norm->eps);
-    for (int64_t k = 0; k < count; ++k) packed[k].grade(task, norm_scales);
+    grade(packed, products, count, batch, graded, task, tasks);
     Units units[together];
     for (int64_t k = 0; k < count; ++k) units[k] = packed[k].units();
     add_up(packed, units, count, task, rooms + task);

@@ -193,6 +193,24 @@ class Sums {
 
 constexpr int32_t no_activation = -1;
 
+using Float4 = float __attribute__((vector_size(16)));
+
+// to[i] = f(to[i], from[i]) for i < n <= 16. Sixteen, nearly always, are written out: compilers would first compare the pointers.
+template <typename F>
+inline void combine(float* to, const float* from, int64_t n, F f) {
+  if (n < 16) {
+    for (int64_t i = 0; i < n; ++i) to[i] = f(to[i], from[i]);
+    return;
+  }
+  for (int64_t i = 0; i < 16; i += 4) {
+    Float4 x, y;
+    __builtin_memcpy(&x, to + i, sizeof x);
+    __builtin_memcpy(&y, from + i, sizeof y);
+    x = f(x, y);
+    __builtin_memcpy(to + i, &x, sizeof x);
+  }
+}
+
 // Residual streams [batch, stride] that packed products read under a norm and add to. Each 16 values come with the sum of their
 // squares, which whoever writes them adds up: so a norm needs neither a pass of its own nor everybody's lines.
 struct Stream {
@@ -204,6 +222,8 @@ struct Stream {
   void measure(int64_t row, int64_t first, int64_t n) const;  // squares of the runs that begin in [first, first + n)
   void raise(int64_t row, int64_t first, int64_t n, float scale, const float* values) const;  // one run
   float norm_scale(int64_t row, float eps) const;             // of a root mean square norm
+  // Values under it, times the norm's weight [width] or none.
+  void normed(int64_t row, int64_t first, int64_t n, float scale, const float* weight, float* to) const;
 };
 
 // One product y = W x~ + bias inside a region that may run several. `out` is [batch, out_stride] float32.
@@ -258,7 +278,7 @@ struct Gating {
   int64_t stride;
   void gate(int64_t row, int64_t first, int64_t n) const;
 };
-// The same for packed matrices, at most three, or with `gating` one or two of one shape.
+// The same for packed matrices of one input, at most three, or with `gating` one or two of one shape.
 void run_packed(Product* const* products, int64_t count, int64_t batch, as_stats* stats, const Gating* gating = nullptr);
 bool valid_packed(const as_matrix& w);
 int64_t packed_bytes(const as_matrix& w);  // of all its planes and mantissas

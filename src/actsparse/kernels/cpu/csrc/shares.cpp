@@ -82,24 +82,40 @@ int64_t place_of(int64_t at) { return at / 16 * 16 + at % 4 * 4 + at % 16 / 4; }
 }  // namespace
 
 void Stream::measure(int64_t row, int64_t first, int64_t n) const {
-  const float* const x = at + row * stride;
   for (int64_t begin = first; begin < first + n && begin < width; begin += run) {
-    const int64_t end = begin + run < width ? begin + run : width;
-    double sum = 0.0;
-    for (int64_t i = begin; i < end; ++i) sum += double(x[i]) * double(x[i]);
-    squares[row * squares_stride + place_of(begin / run)] = sum;
+    const float* const x = at + row * stride + begin;
+    const int64_t count = width - begin < run ? width - begin : run;
+    double part[4] = {};
+    if (count == run)
+      for (int64_t i = 0; i < run; i += 4)
+        for (int64_t k = 0; k < 4; ++k) part[k] += double(x[i + k]) * double(x[i + k]);
+    else
+      for (int64_t i = 0; i < count; ++i) part[0] += double(x[i]) * double(x[i]);
+    squares[row * squares_stride + place_of(begin / run)] = (part[0] + part[1]) + (part[2] + part[3]);
   }
 }
 
 void Stream::raise(int64_t row, int64_t first, int64_t n, float scale, const float* values) const {
-  float* const x = at + row * stride + first;
-  for (int64_t i = 0; i < n; ++i) x[i] += scale * values[i];
+  combine(at + row * stride + first, values, n, [scale](auto x, auto v) { return x + scale * v; });
   measure(row, first, n);
 }
 
+void Stream::normed(int64_t row, int64_t first, int64_t n, float scale, const float* weight, float* to) const {
+  const float* const x = at + row * stride + first;
+  if (weight)
+    for (int64_t i = 0; i < n; ++i) to[i] = x[i] * scale * weight[first + i];
+  else
+    for (int64_t i = 0; i < n; ++i) to[i] = x[i] * scale;
+}
+
 float Stream::norm_scale(int64_t row, float eps) const {
-  double sum = 0.0;
-  for (int64_t k = 0; k * run < width; ++k) sum += squares[row * squares_stride + place_of(k)];
+  const double* const from = squares + row * squares_stride;
+  const int64_t runs = (width + run - 1) / run, whole = runs / 16 * 16;
+  double part[4] = {}, sum = 0.0;
+  for (int64_t k = 0; k < whole; k += 4)
+    for (int64_t j = 0; j < 4; ++j) part[j] += from[k + j];
+  for (int64_t k = whole; k < runs; ++k) sum += from[place_of(k)];
+  for (double p : part) sum += p;
   return float(1.0 / __builtin_sqrt(sum / double(width) + double(eps)));
 }
 
