@@ -4,9 +4,9 @@
     python integrations/vllm/benchmark.py time FOLDER [--batch 1,8] [--rounds 3]
 
 ``make`` writes the model, a CHESS plan at 0.5 and a packed one that reads 3.0 of 6 bits. ``time`` starts vLLM without the
-plug-in's method, with CHESS and with the packed directory, a process each, one after the other within every round, and
-prints decoded tokens a second of all sequences together: median, least and greatest of the rounds' medians over steps.
-Options of the engine come after ``--``, as JSON; environment variables are inherited.
+plug-in's method, with CHESS and with the packed directory, a process each, and times them in turn within every round: decoded
+tokens a second of all sequences together, by the median of the steps; median, least and greatest of the rounds. It says what
+other processes took of the CPUs meanwhile. Environment variables are inherited.
 """
 
 from __future__ import annotations
@@ -74,23 +74,21 @@ def make(folder: Path, shape: str) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Time every contender once a round, each in a process of its own."""
+    """Time every contender once a round."""
     names, batches = options.contenders.split(","), [int(batch) for batch in options.batch.split(",")]
+    workers = {name: Worker(name, options) for name in names}
     rates: dict[tuple[str, int], list[float]] = {}
     for number in range(options.rounds):
-        for name in names:
-            command = [sys.executable, __file__, "worker", str(options.folder), "--contenders", name]
-            command += ["--batch", options.batch, "--steps", str(options.steps)]
-            command += ["--engine", json.dumps(options.engine)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment())
-            if done.returncode:
-                raise SystemExit(f"{name} ended with code {done.returncode}")
-            for batch, (rate, others) in json.loads(done.stdout.strip().splitlines()[-1]).items():
-                rates.setdefault((name, int(batch)), []).append(rate)
+        for batch in batches:
+            for name, worker in workers.items():
+                rate, others = worker.ask(batch)
+                rates.setdefault((name, batch), []).append(rate)
                 print(
-                    f"round {number + 1}: {name} batch {batch}: {rate:.1f} tokens/s, others took {others:.0%} of the CPUs",
+                    f"round {number + 1}: batch {batch} {name}: {rate:.1f} tokens/s, others took {others:.0%} of the CPUs",
                     flush=True,
                 )
+    for worker in workers.values():
+        worker.end()
     for batch in batches:
         base = statistics.median(rates[names[0], batch])
         for name in names:
@@ -99,16 +97,43 @@ def measure(options: argparse.Namespace) -> None:
             print(f"batch {batch:2} {name:7} {middle:6.1f} ({min(found):.1f}-{max(found):.1f}) {middle / base:.2f} x")
 
 
-def environment() -> dict[str, str]:
-    """What engines get: what is set here counts first."""
-    return {**ENVIRONMENT, **os.environ}
+class Worker:
+    """An engine in a process of its own, which has been loaded once this is made."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "worker", str(options.folder), "--contenders", name]
+        command += ["--steps", str(options.steps), "--engine", json.dumps(options.engine)]
+        environment = {**ENVIRONMENT, **os.environ}  # what is set already counts first
+        self._name = name
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._answer()
+
+    def ask(self, batch: int) -> tuple[float, float]:
+        """Tokens a second, and what others took of the CPUs."""
+        assert self._process.stdin is not None
+        print(batch, file=self._process.stdin, flush=True)
+        rate, others = self._answer()
+        return rate, others
+
+    def end(self) -> None:
+        """Wait until it is gone."""
+        self._process.communicate()
+
+    def _answer(self) -> list[float]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # vLLM writes there too
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        raise SystemExit(f"{self._name} ended with code {self._process.wait()}")
 
 
 def work(options: argparse.Namespace) -> None:
-    """One engine: the rate of each batch size as one line of JSON."""
+    """One engine: a line with a batch size in, a line with what was measured out."""
     from vllm import LLM
 
-    (name,) = options.contenders.split(",")
+    name = options.contenders
     arguments: dict[str, Any] = {"model": str(options.folder / ("graded" if name == "graded" else "dense"))}
     if name == "chess":
         method = {"quant_method": "actsparse", "plan": str(options.folder / PLAN)}
@@ -119,13 +144,13 @@ def work(options: argparse.Namespace) -> None:
             "skip_tokenizer_init": True, "enforce_eager": True, **options.engine,
         }
     )  # fmt: skip
-    found = {}
-    for batch in map(int, options.batch.split(",")):
+    print("answer []", flush=True)
+    for line in sys.stdin:
+        batch = int(line)
         steps(llm, batch, 4)
         load = Load()
         rate = batch / statistics.median(steps(llm, batch, options.steps))
-        found[batch] = rate, load.others()
-    print(json.dumps(found))
+        print("answer", json.dumps([rate, load.others()]), flush=True)
 
 
 class Load:
