@@ -57,6 +57,16 @@ def same(got: torch.Tensor, want: torch.Tensor, kept: torch.Tensor, rules: Rules
     torch.testing.assert_close(got[:, :N][matters].double(), want[:, :N][matters], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_one_product_with_both_is_masked_alike(rows: int) -> None:
+    x, gate, up, rules = problem("cats", rows, torch.float32)
+    want, kept = wanted(x, gate, up, rules)
+    assert rules.gate_bias is not None
+    assert rules.up_bias is not None
+    bias = torch.cat([rules.gate_bias, rules.up_bias])
+    same(merged.on_cpu_whole(x, torch.cat([gate, up]), bias, rules), want, kept, rules)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8, 20])
 @pytest.mark.parametrize("name", ["cats", "svdp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from actsparse_vllm.config import ActsparseConfig
 
 
+# Skipping fewer of a batch's neurons than this is worth nothing.
+USELESS = 0.1
+
+
 @register_weight_loader_v2_supported_method
 class SparseLinearMethod(LinearMethodBase):
     """One layer's part of the plan.
@@ -98,18 +102,19 @@ class SparseLinearMethod(LinearMethodBase):
                 parameter = nn.Parameter(tensor.to(device, up.dtype).contiguous(), requires_grad=False)
                 layer.register_parameter(f"actsparse_predictor_{name}", parameter)
                 part[f"ffn.predictor_{name}"] = parameter.data
-        return GateUp(
-            gate,
-            up,
-            kernels.Rules(
-                activation=self._config.plan.model.activation,
-                gate_threshold=part.get("ffn.threshold"),
-                predictor_a=part.get("ffn.predictor_a"),
-                predictor_b=part.get("ffn.predictor_b"),
-                predictor_bias=part.get("ffn.predictor_bias"),
-                **inputs,
-            ),
+        made = kernels.Rules(
+            activation=self._config.plan.model.activation,
+            gate_threshold=part.get("ffn.threshold"),
+            predictor_a=part.get("ffn.predictor_a"),
+            predictor_b=part.get("ffn.predictor_b"),
+            predictor_bias=part.get("ffn.predictor_bias"),
+            **inputs,
         )
+        if kernels.merged.obstacle(gate, up, made) or made.predictor_a is not None:
+            return GateUp(gate, up, made)
+        # Exact zeros are skipped whatever a plan was made for: how many there are is not known.
+        exact = bool((part["ffn.threshold"] <= SKIP_ZEROS).all())
+        return GateUp(gate, up, made, layer.weight.data, 1.0 if exact else self._config.plan.sparsity)
 
     def _columns(self, layer: nn.Module) -> Columns | None:
         """The product whose columns are skipped, if a rule skips any; neighbours of one rule are multiplied together."""
@@ -185,10 +190,21 @@ class Columns:
 
 
 class GateUp:
-    """gate and up of a block, up only where the rules keep a neuron; see :func:`actsparse.kernels.merged.gate_up`."""
+    """gate and up of a block, up only where the rules keep a neuron; see :func:`actsparse.kernels.merged.gate_up`.
 
-    def __init__(self, gate: Tensor, up: Tensor, rules: kernels.Rules) -> None:
-        self._gate, self._up, self._rules = gate, up, rules
+    Args:
+        gate, up: weights [N, H].
+        rules: what decides.
+        whole: both, [2 N, H]; None: neurons are chosen however many rows there are.
+        sparsity: share of the neurons that the gate drops for one token.
+    """
+
+    def __init__(
+        self, gate: Tensor, up: Tensor, rules: kernels.Rules, whole: Tensor | None = None, sparsity: float = 0.0
+    ) -> None:
+        self._gate, self._up, self._rules, self._whole = gate, up, rules, whole
+        # Of so many tokens together nearly every neuron is kept: finding out which are not takes longer than reading them.
+        self._most = next((n for n in range(2, kernels.MAX_BATCH + 1) if sparsity**n < USELESS), kernels.MAX_BATCH + 1)
 
     @property
     def weights(self) -> list[Tensor]:
@@ -197,6 +213,9 @@ class GateUp:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rules = self._rules
+        whole, rows = self._whole, x.numel() // x.shape[-1]
+        if whole is not None and self._most <= rows and kernels.path_for(x, whole).startswith("cpu-"):
+            return kernels.merged.on_cpu_whole(x, whole, bias, rules)
         if bias is not None:
             gate_bias, up_bias = bias.split(len(self._up))
             rules = replace(rules, gate_bias=gate_bias, up_bias=up_bias)
