@@ -342,6 +342,9 @@ class _Run:
             return {}
         files = {}
         for name in peer.FORMATS:
+            if name == "F16" and isinstance(self._model.get_output_embeddings(), PackedLinear):
+                self._skipped["llama.cpp-f16"] = "the model is packed, and has no 16-bit weights to be compared with"
+                continue
             needed, available = peer.weights_bytes(config, name), available_bytes()
             if available is not None and needed > available:
                 self._skipped[f"llama.cpp-{name.lower()}"] = (
