@@ -115,7 +115,7 @@ def sparsify(model: Any, plan: Plan | str | os.PathLike[str], *, scope: str | No
                     _part(state, layer, mapped, state.host, chosen=layer.index in rule.layers)
                 if layer.index in rule.layers:
                     _choose_by_prompt(state, layer, state.prompts, activation, mapped)
-        except ModelError:
+        except BaseException:  # the card may be full, too
             restore(model)
             raise
     model.save_pretrained = partial(save_pretrained, model)
