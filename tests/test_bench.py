@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from actsparse import kernels
 from actsparse.cli import doctor, main
-from actsparse.measure.bench import packed, peer, run, shapes
+from actsparse.measure.bench import packed, peer, rows, run, shapes
 from actsparse.measure.reading import weights_read
 from actsparse.methods import make
 from actsparse.models.sites import ModelError
@@ -194,6 +194,14 @@ def test_wrong_logits_are_not_timed(model, plans, monkeypatch) -> None:
     monkeypatch.setattr(run.Decoder, "step", lambda self, token: step(self, token).roll(1))
     with pytest.raises(ModelError, match=r"native decode step of dense differs .* of logits, .* not timed"):
         run.measure(model, plans, settings, say=lambda line: None)
+
+
+def test_relative_errors_are_never_nan() -> None:
+    zero, one, nan = torch.zeros(3), torch.ones(3), torch.tensor([1, float("nan"), 1])
+    assert rows.relative_error(zero, zero) == 0
+    assert rows.relative_error(1.5 * one.bfloat16(), one) == pytest.approx(0.5)
+    for got, want in ((one, zero), (nan, one), (one, nan), (nan, zero)):
+        assert rows.relative_error(got, want) == float("inf")
 
 
 @pytest.mark.parametrize("sparse", [False, True])

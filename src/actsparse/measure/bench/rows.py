@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from actsparse.plan import Plan
 
@@ -73,6 +76,15 @@ class Row:
             "bits_read": self.bits_read,
             "site_error": self.error,
         }
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Distance in the norm of ``want``, in float32; 0 where both are zero, infinite for values that are not numbers."""
+    distance, norm = float((got.float() - want.float()).norm()), float(want.float().norm())
+    if distance == 0:
+        return 0.0
+    # Not a quotient with NaN in it: no comparison with a tolerance would notice.
+    return distance / norm if norm > 0 and distance < math.inf else math.inf
 
 
 def row_of(plan: Plan, path: str, dense: str) -> Row:

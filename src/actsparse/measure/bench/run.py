@@ -22,7 +22,7 @@ from actsparse import kernels
 from actsparse.calibration.collect import Calibration, Progress, check_sparsity
 from actsparse.measure.bench import peer
 from actsparse.measure.bench.gpu import GpuRun
-from actsparse.measure.bench.rows import Report, Row, Settings, row_of
+from actsparse.measure.bench.rows import Report, Row, Settings, relative_error, row_of
 from actsparse.measure.bench.shapes import available_bytes
 from actsparse.measure.reading import weights_read
 from actsparse.methods import Method
@@ -160,7 +160,7 @@ class _Native:
             for first, last in site_modules(model):
                 handles.append(first.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
                 handles.append(last.register_forward_hook(lambda _, args, output: outputs.append(output)))
-            read(model, torch.tensor([[0]]), cache, None)
+            read(model, prompt[None, -1:], cache, None)
         for handle in handles:
             handle.remove()
         worst, code = 0.0, kernels.cpu.DTYPES[model.dtype]
@@ -176,14 +176,14 @@ class _Native:
                 failed = library.as_linear(matrix, threshold, x.data_ptr(), got.data_ptr(), 1, code, None)
             if failed:
                 raise ModelError(f"the kernels refuse site {site} of layer {at // 5} with code {failed}")
-            worst = max(worst, float((got - want).float().norm() / want.float().norm()))
+            worst = max(worst, relative_error(got, want))
         return worst
 
     def check_steps(self, model: Any) -> float:
         """Worst relative error of a few whole decode steps' logits."""
         cache = DynamicCache()
-        token, worst = 0, 0.0
         prompt = self._prompt[:CHECKED_PROMPT]
+        token, worst = int(prompt[-1]), 0.0
         self._start(prompt)
         with torch.no_grad():
             read(model, prompt[None], cache, prompts_of(model))
@@ -191,7 +191,7 @@ class _Native:
                 output = read(model, torch.tensor([[token]]), cache, None)
                 want = output.logits[0, -1].float()
                 got = self.decoder.step(token)
-                worst = max(worst, float((got - want).norm() / want.norm()))
+                worst = max(worst, relative_error(got, want))
                 token = int(want.argmax())
         self.decoder.reset()
         return worst
