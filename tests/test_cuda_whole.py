@@ -77,4 +77,5 @@ def test_the_measurement_on_a_gpu(tiny: Callable[..., Any]) -> None:
     assert rows["chess"].weights_read_bytes < rows["dense"].weights_read_bytes
     assert rows["dense"].path == rows["chess"].path == "native"
     assert rows["chess"].error is not None
+    assert rows["chess"].memory_bytes < 1.5 * rows["dense"].memory_bytes
     assert report.document()["results"][0]["decode_tok_s"] > 0

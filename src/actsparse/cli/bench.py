@@ -158,6 +158,14 @@ def _target(result: dict[str, Any]) -> str:
     return "" if result["sparsity"] is None else f"{result['sparsity']:g} / {result['ffn_sparsity']:.3f}"
 
 
+def _own(result: dict[str, Any], on_gpu: bool) -> str:
+    """What one kind of machine has in the table and the other has not."""
+    value = result["memory_bytes"] if on_gpu else result["overhead_share"]
+    if value is None:
+        return ""
+    return f"{value / 1e9:.2f}" if on_gpu else f"{value:.1%}"
+
+
 def _show(what: str, report: Report, document: dict[str, Any]) -> None:
     here = document["machine"]
     where = here["gpu"] or f"{here['cpu']}, {here['threads']} threads, {here['isa']}"
@@ -167,11 +175,11 @@ def _show(what: str, report: Report, document: dict[str, Any]) -> None:
         f"({min(report.read_gb_s):.1f} to {max(report.read_gb_s):.1f} over the run), "
         "and a token cannot be faster than its weights are read"
     )
+    on_gpu = here["gpu"] is not None
     eager = statistics.median(report.rows[0].decode_tok_s)
     rows = []
     for result in document["results"]:
         low, high = result["decode_spread"]
-        overhead = result["overhead_share"]
         rows.append(
             [
                 result["name"],
@@ -182,7 +190,7 @@ def _show(what: str, report: Report, document: dict[str, Any]) -> None:
                 f"{result['decode_tok_s']:.2f} ({low:.2f}-{high:.2f})",
                 f"{result['decode_tok_s'] / eager:.2f}",
                 f"{result['achieved_gb_s']:.1f} ({result['share_of_ceiling']:.0%})",
-                "" if overhead is None else f"{overhead:.1%}",
+                _own(result, on_gpu),
                 "" if result["prefill_tok_s"] is None else f"{result['prefill_tok_s']:.1f}",
             ]
         )
@@ -196,7 +204,8 @@ def _show(what: str, report: Report, document: dict[str, Any]) -> None:
         "x hf-eager",
         "GB/s",
     ]
-    print_table("medians over the rounds (least-greatest)", [*header, "overhead", "prefill"], rows)
+    own = "GB on the card" if on_gpu else "overhead"
+    print_table("medians over the rounds (least-greatest)", [*header, own, "prefill"], rows)
     for row in report.rows:
         if row.ffn_sparsity is not None and row.sparsity is not None and abs(row.ffn_sparsity - row.sparsity) > 0.05:
             print(f"{row.name} {row.sparsity:g}: {row.ffn_sparsity:.3f} of the neurons were skipped, not the target")

@@ -38,6 +38,7 @@ class Row:
         ffn_sparsity: fraction of neurons that the native path skipped.
         overhead: fraction of a token, per round, that is not spent in its matrix products.
         bits_read: per weight of the decoder layers' matrices, scales included, on the calibration prompt; of packed weights.
+        memory_bytes: most that was allocated on the GPU, model and prompt included; None on a CPU and for products alone.
         error: worst relative error of a site against the model's own modules, where that was checked.
     """
 
@@ -51,6 +52,7 @@ class Row:
     ffn_sparsity: float | None = None
     overhead: list[float] = field(default_factory=list)
     bits_read: float | None = None
+    memory_bytes: int | None = None
     error: float | None = None
 
     def document(self, read_gb_s: float) -> dict[str, Any]:
@@ -74,6 +76,7 @@ class Row:
             "ffn_sparsity": self.ffn_sparsity,
             "overhead_share": statistics.median(self.overhead) if self.overhead else None,
             "bits_read": self.bits_read,
+            "memory_bytes": self.memory_bytes,
             "site_error": self.error,
         }
 
