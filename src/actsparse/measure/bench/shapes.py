@@ -32,7 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
 }
-CONTEXT = 2048
+CONTEXT = 4096
 STANDARD_DEVIATION = 0.02
 # Beside the weights: the bandwidth test's buffer, a matrix being re-laid, activations, Python and torch themselves.
 OVERHEAD_BYTES = 2 << 30
