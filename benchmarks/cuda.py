@@ -1,16 +1,18 @@
 """The CUDA kernels at Llama-3-8B's shape on random weights, without a model: decode steps, and products beside cuBLAS.
 
     python benchmarks/cuda.py steps dense chess:0.5 teal:0.5 coreinfer:0.6 relu svdp
-    python benchmarks/cuda.py products
+    python benchmarks/cuda.py products [cuts]
 
 A step is checked against a float32 forward pass; what it reads of the weights is set against the rate at which the card adds
 up 2 GiB.  Its thresholds are quantiles of the token's own activations, layer by layer, so that the sparsity is exact.  ReGLU
 models have a gate of rank 512 with a bias that leaves 10 % positive, and a predictor, its factors, that names 25 %.  Times are
-medians of CUDA-graph replays.
+medians of CUDA-graph replays.  Products give one 16-bit result, as ``kernels.linear`` does, so those whose inputs are split
+have a kernel that adds the parts up; with ``cuts`` others than the formula's are tried.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from types import SimpleNamespace
@@ -267,8 +269,11 @@ def captured(run: Any, count: int) -> float:
     return 1e3 * timed(graph.replay, 2, 7)[0] / count
 
 
-def products_beside_cublas() -> None:
-    """Weights are rotated past L2; several rows keep the same columns.  Cuts are (columns of a block, splits)."""
+CUTS = ((64, 2), (128, 1), (128, 2), (128, 4), (256, 4), (256, 8))  # columns of a block, splits
+
+
+def products_beside_cublas(cuts: bool) -> None:
+    """Weights are rotated past L2; several rows keep the same columns."""
     for name, out, inn in (("qkv", 6144, H), ("o", H, H), ("gate", N, H), ("down", H, N)):
         count = max(8, int(600e6 // (2 * out * inn)) + 1)
         weights = [random(out, inn, scale=inn**-0.5) for _ in range(count)]
@@ -295,32 +300,28 @@ def products_beside_cublas() -> None:
                 least = torch.full(
                     (inn,), threshold_of(x[0].float(), 1 - density) if density < 1 else 0.0, device=DEVICE
                 )
-                found = []
-                for cut_to in ((0, 0), (64, 2), (128, 1), (128, 2), (128, 4), (256, 4), (256, 8)):
 
-                    def product(build: Builder, k: int, cut_to: tuple[int, int] = cut_to) -> None:
-                        build.columns_product(
-                            input_of(x, inn), [(Matrix(columns[k]), least)], rounded=y[k], tile=cut_to[0], splits=cut_to[1]  # noqa: B023
-                        )  # fmt: skip
-
-                    try:
-                        found.append((ours(product), cut_to))
-                    except ValueError as error:
-                        print(f"    columns {cut_to}: {error}")
-                        break
-                if found:
-                    best = min(found)
-                    print(
-                        f"    {density:.0%} of the columns: {found[0][0]:.1f} ({cublas / found[0][0]:.2f} x); "
-                        f"best cut {best[1]} {best[0]:.1f} ({cublas / best[0]:.2f} x)", flush=True,
+                def product(build: Builder, k: int, tile: int = 0, splits: int = 0, least: Tensor = least) -> None:
+                    build.columns_product(
+                        input_of(x, inn), [(Matrix(columns[k]), least)], rounded=y[k], tile=tile, splits=splits  # noqa: B023
                     )  # fmt: skip
+
+                try:
+                    took = ours(product)
+                    line = f"    {density:.0%} of the columns: {took:.1f} ({cublas / took:.2f} x)"
+                    if cuts:
+                        best = min((ours(functools.partial(product, tile=t, splits=s)), t, s) for t, s in CUTS)
+                        line += f"; of others best {best[1]}/{best[2]} {best[0]:.1f} ({cublas / best[0]:.2f} x)"
+                    print(line, flush=True)
+                except ValueError as error:
+                    print(f"    {density:.0%} of the columns: {error}")
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     if sys.argv[1:2] == ["steps"]:
         steps(sys.argv[2:])
-    elif sys.argv[1:] == ["products"]:
-        products_beside_cublas()
+    elif sys.argv[1:] in (["products"], ["products", "cuts"]):
+        products_beside_cublas(len(sys.argv) > 2)
     else:
         sys.exit(__doc__)

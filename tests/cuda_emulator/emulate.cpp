@@ -157,7 +157,16 @@ static uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   emulate::wait_warp();
   return most;
 }
+static uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
+  emulate::slots[emulate::current] = value;
+  emulate::wait_warp();
+  uint32_t sum = 0;
+  for (int i = 0; i < 32; ++i) sum += emulate::slots[emulate::current / 32 * 32 + i];
+  emulate::wait_warp();
+  return sum;
+}
 static int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+static uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
 static uint32_t atomicAdd(uint32_t* at, uint32_t value) {
   const uint32_t before = *at;
   *at += value;
@@ -178,6 +187,10 @@ static float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 #define AS_SHARED float* const shared = emulate::shared_memory()
 
 AS_DEVICE int hidden(int v) { return v; }
+template <class T>
+AS_DEVICE T* hidden(T* p) {
+  return p;
+}
 AS_DEVICE void touch(const float*, int) {}
 AS_DEVICE float as_float(uint32_t bits) {
   float v;
@@ -220,6 +233,11 @@ AS_DEVICE void copy_async(void* to, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) __builtin_trap();
   Copies& mine = copies[emulate::current];
   mine.waiting.push_back({to, from, mine.group});
+}
+AS_DEVICE void copy_or_zero(void* to, const void* from, bool there) {
+  static const float zeros[8] = {};  // at least one piece of it lies on 16 bytes
+  const uintptr_t zero = (reinterpret_cast<uintptr_t>(zeros) + 15) & ~uintptr_t(15);
+  copy_async(to, there ? from : reinterpret_cast<const void*>(zero));
 }
 AS_DEVICE void close_copies() { ++copies[emulate::current].group; }
 template <int PENDING>

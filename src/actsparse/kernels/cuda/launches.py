@@ -34,13 +34,13 @@ from .structures import (
 MAX_BATCH = 8
 ACTIVATIONS = {"silu": 0, "relu": 1, "relu2": 2, "gelu": 3, "gelu_tanh": 4, "identity": 5}
 THREADS = 512
-# Weights of a product whose parts are worth the launch that adds them up and rounds them: four microseconds on an H100.
+# Weights of a product whose parts are worth the launch that adds them up and rounds them: about two microseconds on an H100.
 _WORTH_SPLITTING = 32 << 20
 _PART = 2048  # inputs of a row that one warp takes at a time
 NARROWEST = 32  # outputs of a block
 _WARPS = THREADS // 32
 _SCRATCH = 4 * _WARPS  # floats of a block
-_MOST_SLICE = 16 * 4 * THREADS  # inputs whose bits a block's threads remember
+MOST_SLICE = 8 * 4 * THREADS  # inputs of a block: four bits of eight quads in a register of each thread
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,10 @@ def input_of(
 
 def columns_bytes(machine: Machine, compiled: int, inputs: int, sides: int, tile: int, column: bool) -> int:
     """Shared memory of a product by columns: ``inputs`` of a block, ``sides`` matrices side by side, ``tile`` outputs."""
-    floats = _SCRATCH + inputs * (compiled + column) + sides * _WARPS * compiled * tile
-    return machine.ring_bytes + 4 * floats + (2 if compiled == 1 else 4) * sides * inputs
+    floats = _SCRATCH + 2 * tile + inputs * (compiled + column) + 4 * compiled + sides * _WARPS * compiled * tile
+    groups = 8 * THREADS // tile  # each takes an entry of a list at a time; beyond a list's end lie entries of nothing
+    entries = sides * (inputs + groups) + machine.ring * groups
+    return machine.ring_bytes + 4 * floats + (2 if compiled == 1 else 4) * entries
 
 
 def _chosen(chosen: Kept | Tensor | None) -> Chosen:
@@ -166,7 +168,7 @@ def _chosen(chosen: Kept | Tensor | None) -> Chosen:
 
 
 def _padded(size: int) -> int:
-    return 2 * ((size // 2 + 31 & ~31) + 16)
+    return 2 * ((size + 255 & ~255) // 2 + 16)
 
 
 class Builder:
@@ -292,11 +294,11 @@ class Builder:
             outs, splits = outs[:1], 1
         elif rounded is not None and not splits and size * sum(outs) < _WORTH_SPLITTING:
             splits = 1
-        tile, splits = self._cut(outs, tile, splits)
+        tile, splits = self._cut(outs, tile, splits, rounded is not None)
         while True:
             slice_size = 32 * -(-(size + 31 & ~31) // 32 // splits)
             shared = columns_bytes(self.machine, compiled, slice_size, sides, tile, column is not None)
-            fits = shared <= self.machine.shared_bytes and slice_size <= _MOST_SLICE
+            fits = shared <= self.machine.shared_bytes and slice_size <= MOST_SLICE
             if fits or (tile == NARROWEST and (splits >= 64 or rule is not None)):
                 break
             tile, splits = (tile // 2, splits) if tile > NARROWEST and (splits >= 8 or rule) else (tile, splits * 2)
@@ -322,6 +324,7 @@ class Builder:
             (tile // 8).bit_length() - 1,
             begin,
         )
+        p.inverse = -(-(1 << 32) // splits) & 0xFFFFFFFF
         p.slice, p.staged = slice_size, 4 * (sides * slice_size + 2 * size) <= self.machine.ring_bytes
         p.activation, p.second_activation = ACTIVATIONS[activation], ACTIVATIONS[second_activation]
         kept = None
@@ -423,16 +426,20 @@ class Builder:
         grid = (max(blocks, self._blocks), 1)
         self.launches.append(Launch(kernel, grid, threads, self.machine.place(shared), parameters, keep))
 
-    def _cut(self, outs: list[int], tile: int, splits: int) -> tuple[int, int]:
+    def _cut(self, outs: list[int], tile: int, splits: int, finished: bool) -> tuple[int, int]:
         """Columns per block, and splits of the inputs: as many blocks as there are multiprocessors, or few less.
 
-        More than four splits cost more to add up than their blocks save.  Of equals, 256 bytes of a column at a time.
+        Of equals, 256 bytes of a column at a time, and no more than four splits: the next kernel's blocks all add them up.
+        ``finished``, a kernel does that once: of equals no splits, or wide columns in up to eight.
         """
 
         def blocks(cut: tuple[int, int]) -> int:
             return sum(-(-out // cut[0]) for out in outs) * cut[1]
 
-        widths = (tile,) if tile else (128, 64, 256) if self.compiled <= 2 else (128, 64)
-        cuts = [(width, splits or max(1, min(4, self.machine.processors // blocks((width, 1))))) for width in widths]
+        widths = (tile,) if tile else (128, 64, 256) if self.compiled <= (4 if finished else 2) else (128, 64)
+        most = 8 if finished else 4
+        cuts = [(width, splits or max(1, min(most, self.machine.processors // blocks((width, 1))))) for width in widths]
         fitting = [cut for cut in cuts if blocks(cut) <= self.machine.processors]
-        return max(fitting, key=blocks) if fitting else cuts[-1]
+        if not fitting:
+            return cuts[-1]
+        return max(fitting, key=lambda cut: (blocks(cut), finished and cut[1] == 1, finished and cut[0]))

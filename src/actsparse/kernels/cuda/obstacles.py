@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..rules import Rules
 from . import compiler
-from .launches import NARROWEST, Machine, Matrix, columns_bytes, compiled_rows
+from .launches import MOST_SLICE, NARROWEST, Machine, Matrix, columns_bytes, compiled_rows
 
 # Of a block's shared memory, beside x in float32 and the weights that are being copied: for lists and sums.
 _REST_BYTES = 20 << 10
@@ -56,7 +56,9 @@ def ffn_obstacle(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules
             return obstacle
     if Matrix(up).columns:
         machine, rows, sides = _machine_of(x), compiled_rows(x.numel() // x.shape[-1]), 1 if gate is None else 2
-        if columns_bytes(machine, rows, x.shape[-1] + 31 & ~31, sides, NARROWEST, False) > machine.shared_bytes:
+        inputs = x.shape[-1] + 31 & ~31
+        shared = columns_bytes(machine, rows, inputs, sides, NARROWEST, False)
+        if shared > machine.shared_bytes or inputs > MOST_SLICE:
             return _too_many(rows, x)
     columns = [Matrix(weight).columns for weight in (gate, up, down) if weight is not None]
     first, last = columns[0], columns[-1]

@@ -6,7 +6,7 @@ Letters: B rows of x, I inputs, O outputs, N neurons, S splits.
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,9 +92,9 @@ class Columns(Structure):
         ("job", Job * 3),
         ("passing", Passing),
         ("column", c_void_p),
-        *((name, c_int32) for name in (
-            "jobs", "splits", "rows", "bits", "tiles", "slice", "staged", "activation", "second_activation",
-        )),
+        *((name, c_int32) for name in ("jobs", "splits", "rows", "bits", "tiles")),
+        ("inverse", c_uint32),
+        *((name, c_int32) for name in ("slice", "staged", "activation", "second_activation")),
     ]  # fmt: skip
 
 

@@ -291,7 +291,8 @@ struct Embedding {
 AS_KERNEL(256, 2) embedding_kernel(AS_PARAMETER Embedding p) {
   wait_for_previous();
   const u32* const row = reinterpret_cast<const u32*>(p.w + (i64)p.state[0] * p.stride);
-  const int first = blockIdx.x * blockDim.x;
-  for (int i = first + threadIdx.x; 2 * i < p.size; i += gridDim.x * blockDim.x) widen2(row[i], p.y[2 * i], p.y[2 * i + 1]);
-  if (2 * first >= p.size) linger();
+  const int end = share_of(p.size / 2, blockIdx.x + 1, gridDim.x);
+#pragma unroll 1
+  for (int i = share_of(p.size / 2, blockIdx.x, gridDim.x) + threadIdx.x; i < end; i += blockDim.x)
+    widen2(row[i], p.y[2 * i], p.y[2 * i + 1]);
 }

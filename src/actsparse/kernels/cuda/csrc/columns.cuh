@@ -6,41 +6,21 @@ struct Columns {
   const int* column;        // [I] of each input; null: its number
   int jobs, splits, rows, bits, tiles;  // 1 << bits threads side by side in a tile, 8 outputs each; tiles: of all jobs, or of
                                         // each side by side
+  u32 inverse;              // 2^32 / splits, rounded up
   int slice, staged, activation, second_activation;  // slice: most inputs of a block; staged: what is early fits the ring
 };
 
-constexpr int THREAD_BITS = 9;  // 512 threads
-
-// Weights on their way into the ring, list after list: a thread copies what it will multiply itself.
+// Weights on their way into the ring: a thread copies what it will multiply itself.
 struct Coming {
-  const u16* w[2];          // this thread's outputs of the slice's first column
-  const Entry* list;        // [sides, slice]
-  const int* column;        // [slice] or null
-  u16* ring;
-  i64 stride[2];
-  int count[2];
-  int slice, splits, sides, bits, group;
-  int side, at, left;       // what is copied next; steps until the list's end
+  const int* column;        // [slice]
+  bool named;               // whether columns have numbers of their own there
+  int apart, limit;         // splits - 1; inputs from here on are none, and come as zeros
 
-  AS_MEMBER int count_of(int of) const { return of ? count[1] : count[0]; }
-  AS_MEMBER int groups() const { return 1 << (THREAD_BITS - bits); }
-  AS_MEMBER int steps(int of) const { return (count_of(of) + groups() - 1) >> (THREAD_BITS - bits); }
-
-  AS_MEMBER void next(int slot) {
-    if (left == 0 && side + 1 < sides) {
-      ++side;
-      at = group;
-      left = steps(side);
-    }
-    const i64 apart = side ? stride[1] : stride[0];
-    const u16* const from = side ? w[1] : w[0];
-    if (from && at < count_of(side)) {
-      const int i = list[side * slice + at] & 0xffff;
-      copy_async(ring + slot * 256, from + (column ? column[i] : i + (i & ~31) * (splits - 1)) * apart);
-    }
+  AS_MEMBER void next(u32 entry, const u16* w, u32 stride, u16* to) const {  // stride in bytes
+    const int i = entry & 0xffffu;
+    const u32 number = named ? column[i] : i + (i & ~31) * apart;
+    copy_or_zero(to, reinterpret_cast<const char*>(w) + (unsigned long long)number * stride, i < limit);
     close_copies();
-    at += groups();
-    --left;
   }
 };
 
@@ -57,23 +37,27 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, lanes = 1 << p.bits, width = 8 * lanes;
   const int split = blockIdx.x / p.tiles, tile = blockIdx.x - split * p.tiles, first = (threadIdx.x & (lanes - 1)) * 8;
   const int sides = p.passing.value ? p.jobs : 1;
-  const Slice slice{split, p.splits, p.input.size};
+  const Slice slice{split, p.splits, p.input.size, p.inverse};
   const Job& job = sides > 1 ? p.job[0] : job_of(p.job, p.jobs, tile);
   const int begin = (tile - job.begin) * width;
   float* const early = shared;  // thresholds [sides, slice], residual [I], norm [I]; then the ring
-  float* const scratch = shared + blockDim.x * RING * 4;
-  float* const x = scratch + 4 * MOST_WARPS;                  // [slice, B]
-  float* const results = x + p.slice * B;                     // [sides, warps, B, width]
+  float* const scratch = shared + THREADS * RING * 4;
+  float* const bounds = scratch + 4 * MOST_WARPS;             // [2, width] what results have to reach, means
+  float* const x = bounds + 2 * width;                        // [slice + 4, B], zeros behind the slice
+  float* const results = x + (p.slice + 4) * B;               // [sides, warps, B, width]
   int* const column = reinterpret_cast<int*>(results + sides * MOST_WARPS * B * width);      // [slice] if any
-  Entry* const list = reinterpret_cast<Entry*>(column + (p.column ? p.slice : 0));  // [sides, slice]
+  const int listed = (int)(reinterpret_cast<float*>(column) - shared) + (p.column ? p.slice : 0);
+  Entry* const list = reinterpret_cast<Entry*>(shared + hidden(listed));  // side after side
   const float* residual = p.input.residual;
   const float* norm = p.input.norm;
   const float* threshold[2] = {job.threshold, p.job[1].threshold};
   const bool idle = split >= p.splits;
+  const int groups = hidden(1 << (THREAD_BITS - p.bits)), group = threadIdx.x >> p.bits;  // threads of a group share a column
+  const int nothing = p.slice;  // an entry that adds zero times zero
   // What the kernel before does not write is read while that still runs, each thread what it needs itself.
   if (!idle) {
 #pragma unroll 1
-    for (int q = threadIdx.x; q < slice.quads(); q += blockDim.x) {
+    for (int q = threadIdx.x; q < slice.quads(); q += THREADS) {
       const int input = slice.input(q);
       if (input >= p.input.size) continue;
       if (p.column) *reinterpret_cast<float4*>(column + 4 * q) = *reinterpret_cast<const float4*>(p.column + input);
@@ -81,94 +65,106 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
       for (int side = 0; side < 2; ++side)
         if (p.staged && side < sides && threshold[side]) copy_async(early + side * p.slice + 4 * q, threshold[side] + input);
     }
+    // Beyond what will be kept.
+    const Entry last = (Entry)nothing;
+    const u32 pair = B == 1 ? (u32)last << 16 | last : last;
+    const int entries = sides * (p.slice + groups) + RING * groups;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < entries * (int)sizeof(Entry) / 16; i += THREADS)
+      reinterpret_cast<Vec8*>(list)[i] = Vec8{{pair, pair, pair, pair}};
+    if ((int)threadIdx.x < B) x[nothing * B + threadIdx.x] = 0.0f;
     if (p.staged) {
 #pragma unroll
       for (int side = 0; side < 2; ++side)
         if (threshold[side]) threshold[side] = early + side * p.slice;
       float* const staged[2] = {early + sides * p.slice, early + sides * p.slice + p.input.size};
 #pragma unroll 1
-      for (int q = threadIdx.x; 4 * q < p.input.size; q += blockDim.x) {
+      for (int q = threadIdx.x; 4 * q < p.input.size; q += THREADS) {
         if (residual) copy_async(staged[0] + 4 * q, residual + 4 * q);
         if (norm) copy_async(staged[1] + 4 * q, norm + 4 * q);
       }
       if (residual) residual = staged[0];
       if (norm) norm = staged[1];
     }
+    if (4 * (int)threadIdx.x < width && begin + 4 * (int)threadIdx.x < job.out) {
+      if (p.passing.threshold) copy_async(bounds + 4 * threadIdx.x, p.passing.threshold + begin + 4 * threadIdx.x);
+      if (p.passing.mean) copy_async(bounds + width + 4 * threadIdx.x, p.passing.mean + begin + 4 * threadIdx.x);
+      touch(job.bias, begin + 4 * threadIdx.x);
+    }
     close_copies();
     wait_for_copies<0>();
-    if ((int)threadIdx.x < width && begin + (int)threadIdx.x < job.out) {
-      touch(p.passing.threshold, begin + threadIdx.x);
-      touch(p.passing.mean, begin + threadIdx.x);
-      touch(job.bias, begin + threadIdx.x);
-    }
   }
+  // Worked out while the kernel before runs: hidden, lest it is done where it is used.
+  const int from = begin + first, skipped = p.column ? 0 : 32 * split;
+  const u16* w = hidden(job.w + from + skipped * job.stride);
+  u32 stride = (u32)hidden((int)(2 * job.stride));
+  const Coming coming{column, p.column != nullptr, hidden(p.splits - 1), hidden(from < job.out ? nothing : 0)};
   wait_for_previous();
   if (idle) return linger();
 
-  const float factor = load_quads(
+  const float factor = load_quads<true>(
       p.input, p.rows, residual, norm, norm ? p.input.size / 4 : slice.quads(), scratch,
       [&](int q) { return norm ? 4 * q : slice.input(q); },
-      [&](int b, int q, int input, float4 v) {
-        if (norm) {  // a sum of squares needs all; the others are not kept
-          const int group = (q >> 3) / p.splits;
-          if ((q >> 3) - group * p.splits != split) return;
-          q = 8 * group + (q & 7);
+      [&](int b, int q, float4 v) {
+        if (norm && p.splits > 1) {  // a sum of squares needs all; the others are not kept
+          const int row = slice.row_of(q >> 3);
+          if ((q >> 3) - row * p.splits != split) return;
+          q = 8 * row + (q & 7);
         }
         float* const to = x + 4 * q * B + b;
         if (B == 1) *reinterpret_cast<float4*>(to) = v;
         else to[0] = v.x, to[B] = v.y, to[2 * B] = v.z, to[3 * B] = v.w;
       });
-  u16* const ring = reinterpret_cast<u16*>(shared) + warp * RING * 256 + 8 * lane;
-  Coming coming{{nullptr, nullptr}, list, p.column ? column : nullptr, ring, {job.stride, p.job[1].stride}, {0, 0}, p.slice,
-                p.splits, sides, p.bits, (int)threadIdx.x >> p.bits, 0, 0, 0};
-#pragma unroll 1
-  for (int side = 0; side < sides; ++side) {
-    const int count = keep_inputs(slice, x, factor, side ? threshold[1] : threshold[0], p.staged,
-                                  reinterpret_cast<int*>(scratch) + MOST_WARPS * (1 + side), list + side * p.slice);
-    if (side) coming.count[1] = count;
-    else coming.count[0] = count;
-  }
-  if (begin + first < job.out) {
-    const i64 skipped = p.column ? 0 : 32 * split;
-    coming.w[0] = job.w + begin + first + skipped * job.stride;
-    coming.w[1] = p.job[1].w + begin + first + skipped * p.job[1].stride;
-  }
+  constexpr int APART = 256;                                  // places of one step from those of the next
+  u16* const ring = reinterpret_cast<u16*>(shared) + warp * RING * APART + 8 * lane;
+  const Counts count =
+      keep_inputs(slice, x, factor, threshold, sides, p.staged, reinterpret_cast<int*>(scratch) + MOST_WARPS, list, groups);
+  const int first_steps = (count.first + groups - 1) >> (THREAD_BITS - p.bits);
+  const int all_steps = first_steps + ((count.second + groups - 1) >> (THREAD_BITS - p.bits));
   __syncthreads();
-  coming.at = coming.group;
-  coming.left = coming.steps(0);
+  {
+    const Entry* at = list + group;
+    u16* to = ring;
 #pragma unroll 1
-  for (int s = 0; s < RING; ++s) coming.next(s);
-  int slot = 0;
-#pragma unroll 1
-  for (int side = 0; side < sides; ++side) {
-    const int steps = coming.steps(side);
-    float sum[B][8];
-#pragma unroll
-    for (int b = 0; b < B; ++b)
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum[b][e] = 0.0f;
-    const Entry* at = list + side * p.slice + coming.group;
-    const Entry* const end = list + side * p.slice + coming.count_of(side);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step, at += coming.groups()) {
-      wait_for_copies<RING - 1>();
-      if (at < end && coming.w[0]) {
-        const Vec8 w = *reinterpret_cast<const Vec8*>(coming.ring + slot * 256);
-        const u32 entry = *at;
-        const float* const of = x + (entry & 0xffffu) * B;
-        float v[8];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) widen2(w.w[e], v[2 * e], v[2 * e + 1]);
-#pragma unroll
-        for (int b = 0; b < B; ++b) {
-          const float by = B == 1 || entry >> (16 + b) & 1u ? of[b] : 0.0f;
-#pragma unroll
-          for (int e = 0; e < 8; ++e) sum[b][e] += by * v[e];
-        }
-      }
-      coming.next(slot);
-      slot = (slot + 1) & (RING - 1);
+    for (int s = 0; s < RING; ++s, at += groups, to += APART) {
+      if (s == first_steps && sides > 1) w = p.job[1].w + from, stride = (u32)(2 * p.job[1].stride);
+      coming.next(*at, w, stride, to);
     }
+  }
+  float sum[B][8];
+  int step = 0;
+#pragma unroll 1
+  for (int part = 0; part <= sides; ++part) {  // the first side's but the last, its last while the second's come in, the second's
+    const int end = part == 0 ? first_steps - RING : part == 1 ? first_steps : all_steps;
+    if (part != 1) {
+#pragma unroll
+      for (int b = 0; b < B; ++b)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[b][e] = 0.0f;
+    }
+    if (part == 1 && sides > 1) w = p.job[1].w + from, stride = (u32)(2 * p.job[1].stride);
+    const Entry* at = list + step * groups + group;
+    const Entry* ahead = at + RING * groups;
+#pragma unroll 1
+    for (; step < end; ++step, at += groups, ahead += groups) {
+      wait_for_copies<RING - 1>();
+      u16* const place = ring + (step & (RING - 1)) * APART;
+      const Vec8 held = *reinterpret_cast<const Vec8*>(place);
+      const u32 entry = *at, after = *ahead;
+      const float* const of = x + (entry & 0xffffu) * B;
+      float v[8];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) widen2(held.w[e], v[2 * e], v[2 * e + 1]);
+#pragma unroll
+      for (int b = 0; b < B; ++b) {
+        const float by = B == 1 || entry >> (16 + b) & 1u ? of[b] : 0.0f;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[b][e] += by * v[e];
+      }
+      coming.next(after, w, stride, place);
+    }
+    if (part == 0) continue;
+    const int side = part - 1;
 #pragma unroll
     for (int b = 0; b < B; ++b) {
 #pragma unroll 1
@@ -183,8 +179,11 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
     }
   }
   __syncthreads();
+  const Passing near{
+      nullptr, nullptr, nullptr, p.passing.threshold ? bounds : nullptr, p.passing.mean ? bounds + width : nullptr, 0,
+      p.passing.positive};
 #pragma unroll 1
-  for (int at = threadIdx.x; at < width * p.rows; at += blockDim.x) {
+  for (int at = threadIdx.x; at < width * p.rows; at += THREADS) {
     const int b = B == 1 ? 0 : at / width, place = at - b * width, output = begin + place;
     if (output >= job.out) continue;
     const float* const from = results + b * width + place;
@@ -197,7 +196,7 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
         if (p.job[1].bias) second += p.job[1].bias[output];
         y *= activate(p.second_activation, second);
       }
-      p.passing.value[(i64)b * p.passing.size + output] = p.passing.sieve(y, output);
+      p.passing.value[(i64)b * p.passing.size + output] = near.sieve(y, place);
     } else if (job.rounded) {
       job.rounded[(i64)b * job.out + output] = narrow(y);
     } else {
@@ -214,13 +213,15 @@ struct Finish {
   int splits;
 };
 
+// Every block has a share: one without work would have to linger, and the next kernel to wait for that.
 AS_KERNEL(256, 2) finish_kernel(AS_PARAMETER Finish p) {
   wait_for_previous();
-  const i64 first = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  for (i64 i = first; i < p.size; i += gridDim.x * blockDim.x) {
+  const int end = share_of((int)p.size, blockIdx.x + 1, gridDim.x);
+#pragma unroll 1
+  for (int i = share_of((int)p.size, blockIdx.x, gridDim.x) + threadIdx.x; i < end; i += blockDim.x) {
     float y = 0.0f;
+#pragma unroll 4
     for (int s = 0; s < p.splits; ++s) y += p.parts[s * p.size + i];
     p.y[i] = narrow(y);
   }
-  if (blockIdx.x * blockDim.x >= p.size) linger();
 }

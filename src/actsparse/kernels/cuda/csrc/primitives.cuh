@@ -25,6 +25,12 @@ AS_DEVICE int hidden(int v) {  // from the compiler, which value it is
   return v;
 }
 
+template <class T>
+AS_DEVICE T* hidden(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
 AS_DEVICE void widen2(u32 pair, float& low, float& high) {
 #if AS_DTYPE == 1
   low = __uint_as_float(pair << 16);
@@ -49,6 +55,10 @@ AS_DEVICE u16 narrow(float value) {
 AS_DEVICE void copy_async(void* to, const void* from) {
   const u32 at = (u32)__cvta_generic_to_shared(to);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+AS_DEVICE void copy_or_zero(void* to, const void* from, bool there) {  // zeros without reading
+  const u32 at = (u32)__cvta_generic_to_shared(to), bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 }
 AS_DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -106,7 +116,7 @@ AS_DEVICE void prefetch(const void* at, u32 bytes) {
 // Where share `number` of `shares` begins among so many: below 2^32 / shares.
 AS_DEVICE int share_of(int total, int number, int shares) { return (int)((u32)total * (u32)number / (u32)shares); }
 
-AS_DEVICE float absolute(float v) { return v < 0.0f ? -v : v; }
+AS_DEVICE float absolute(float v) { return fabsf(v); }
 
 // Same codes as the CPU kernels: silu, relu, relu2, gelu, gelu_tanh, identity.
 // Called rather than inlined: a block's instructions have to come from L2, too.  Comparisons that hide from each other rather

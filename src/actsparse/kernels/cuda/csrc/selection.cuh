@@ -7,6 +7,7 @@
 //
 // Everybody waits for what happens here, 16 warps at once: few instructions, and few journeys to memory, one after the other.
 constexpr int B = AS_ROWS;
+constexpr int THREAD_BITS = 9, THREADS = 1 << THREAD_BITS;  // of a product's block
 constexpr int BLOCKS = B <= 2 ? 2 : 1;  // resident on a multiprocessor: room for the next kernel to start early
 
 struct Input {              // the vector x
@@ -61,17 +62,12 @@ struct Before {
   int before, total;
 };
 
-// What the warps before this one counted, and all; counts holds one a warp, and none beyond them up to MOST_WARPS.
+// What the warps before this one counted, and all; counts holds one a warp, and none beyond them up to MOST_WARPS.  All lanes.
 constexpr int MOST_WARPS = 16;
 AS_DEVICE Before sum_before(const int* counts) {
-  const int warp = threadIdx.x >> 5;
-  Before sum{0, 0};
-#pragma unroll
-  for (int w = 0; w < MOST_WARPS; ++w) {
-    sum.before += w < warp ? counts[w] : 0;
-    sum.total += counts[w];
-  }
-  return sum;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, count = lane < MOST_WARPS ? counts[lane] : 0;
+  const u32 before = __reduce_add_sync(0xffffffffu, (u32)(lane < warp ? count : 0));
+  return Before{(int)before, (int)__reduce_add_sync(0xffffffffu, (u32)count)};
 }
 
 // ---- x ----------------------------------------------------------------------------------------------------------------
@@ -79,70 +75,97 @@ AS_DEVICE Before sum_before(const int* counts) {
 // A block's inputs: groups of eight quads, one of every `splits`.
 struct Slice {
   int split, splits, size;
+  u32 inverse;              // 2^32 / splits, rounded up
 
-  AS_MEMBER int quads() const { return 8 * ((((size + 31) >> 5) - split + splits - 1) / splits); }
+  AS_MEMBER int row_of(int group) const { return splits == 1 ? group : (int)__umulhi((u32)group, inverse); }  // group / splits
+  AS_MEMBER int quads() const { return 8 * row_of(((size + 31) >> 5) - split + splits - 1); }
   AS_MEMBER int input(int q) const { return 4 * (((q >> 3) * splits + split) * 8 + (q & 7)); }  // the first of local quad q
 };
 
-// x in float32, quad by quad: at(q) is the first input of quad q, of `count`; store(b, q, input, v) takes it, of quads beyond
-// the inputs with a negative input and zeros.  A thread meets quads threadIdx.x, threadIdx.x + blockDim.x ...  Returns what the
-// norm still has to be multiplied with.
-template <class At, class Store>
+// Adds N parts to two quads, all loads under way together.
+template <int N>
+AS_DEVICE void add_parts(const float* part, i64 apart, const int* from, float4* v) {
+  float4 more[N][2];
+#pragma unroll
+  for (int s = 0; s < N; ++s)
+#pragma unroll
+    for (int t = 0; t < 2; ++t) more[s][t] = quad_at(part + s * apart, from[t] >> 2);
+#pragma unroll
+  for (int s = 0; s < N; ++s)
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+      v[t].x += more[s][t].x, v[t].y += more[s][t].y, v[t].z += more[s][t].z, v[t].w += more[s][t].w;
+}
+
+// x in float32, quad by quad: at(q) is the first input of quad q, of `count`; store(b, q, v) takes it.  A thread meets quads
+// threadIdx.x, threadIdx.x + THREADS ...  Beyond the inputs come any values.  NEAR: the residual is in shared memory, and need
+// not be asked for together with x.  Returns what the norm still has to be
+// multiplied with.
+template <bool NEAR, class At, class Store>
 AS_DEVICE float load_quads(const Input& in, int rows, const float* residual, const float* norm, int count, float* scratch,
                            At at, Store store) {
-  constexpr int TOGETHER = 2;
   float square = 0.0f;
 #pragma unroll 1
   for (int b = 0; b < B; ++b) {
-    const int row = b < rows ? b : 0;  // rows that are not there are zeros
+    const int row = B > 1 && b < rows ? b : 0;  // rows that are not there are zeros
 #pragma unroll 1
-    for (int begin = threadIdx.x; begin < count; begin += TOGETHER * blockDim.x) {
-      float4 v[TOGETHER], n[TOGETHER];
-      int input[TOGETHER], from[TOGETHER];
+    for (int q = threadIdx.x; q < count; q += 2 * THREADS) {
+      const bool two = q + THREADS < count;
+      float4 v[2];
+      int from[2];
 #pragma unroll
-      for (int t = 0; t < TOGETHER; ++t) {
-        const int q = begin + t * (int)blockDim.x;
-        input[t] = q < count ? at(q) : in.size;
-        if (input[t] >= in.size) input[t] = -1;
-        from[t] = input[t] < 0 ? 0 : input[t];
-        v[t] = n[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (B == 1 && residual) v[t] = quad_at(residual, from[t] >> 2);
-        if (B == 1 && norm) n[t] = quad_at(norm, from[t] >> 2);
-        if (in.x) {
+      for (int t = 0; t < 2; ++t) {
+        const int input = at(t && two ? q + THREADS : q);
+        from[t] = input < in.size ? input : 0;
+        v[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (B == 1 && !NEAR && residual) v[t] = quad_at(residual, from[t] >> 2);
+      }
+      if (in.x) {
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
           const u32* const pair = reinterpret_cast<const u32*>(in.x + (i64)row * in.size + from[t]);
           widen2(pair[0], v[t].x, v[t].y);
           widen2(pair[1], v[t].z, v[t].w);
         }
+      } else {
+        const float* part = in.parts + (i64)row * in.size;
+        const i64 apart = (i64)rows * in.size;
+        int left = in.splits;
+#pragma unroll 1
+        for (; left >= 4; left -= 4, part += 4 * apart) add_parts<4>(part, apart, from, v);
+#pragma unroll 1
+        for (; left >= 2; left -= 2, part += 2 * apart) add_parts<2>(part, apart, from, v);
+        if (left) add_parts<1>(part, apart, from, v);
       }
-#pragma unroll 2
-      for (int s = 0; s < in.splits; ++s) {
-        const float* const parts = in.parts + ((i64)s * rows + row) * in.size;
 #pragma unroll
-        for (int t = 0; t < TOGETHER; ++t) {
-          const float4 part = quad_at(parts, from[t] >> 2);
-          v[t].x += part.x, v[t].y += part.y, v[t].z += part.z, v[t].w += part.w;
+      for (int t = 0; t < 2; ++t) {
+        if (t && !two) break;
+        if (B == 1 && NEAR && residual) {
+          const float4 more = quad_at(residual, from[t] >> 2);
+          v[t].x += more.x, v[t].y += more.y, v[t].z += more.z, v[t].w += more.w;
         }
-      }
-#pragma unroll
-      for (int t = 0; t < TOGETHER; ++t) {
-        const int q = begin + t * (int)blockDim.x;
-        if (q >= count) continue;
-        if (input[t] < 0 || b >= rows) v[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (B == 1 && in.residual_out && blockIdx.x == 0 && input[t] >= 0)
-          *reinterpret_cast<float4*>(in.residual_out + input[t]) = v[t];
+        if (B > 1 && b >= rows) v[t] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (B == 1 && in.residual_out && blockIdx.x == 0) *reinterpret_cast<float4*>(in.residual_out + from[t]) = v[t];
         if (B == 1 && norm) {
+          const float4 n = quad_at(norm, from[t] >> 2);
           square += v[t].x * v[t].x + v[t].y * v[t].y + v[t].z * v[t].z + v[t].w * v[t].w;
-          v[t].x *= n[t].x, v[t].y *= n[t].y, v[t].z *= n[t].z, v[t].w *= n[t].w;
+          v[t].x *= n.x, v[t].y *= n.y, v[t].z *= n.z, v[t].w *= n.w;
         }
-        store(b, q, input[t], v[t]);
+        store(b, t ? q + THREADS : q, v[t]);
       }
     }
   }
-  if (B > 1 || !norm) {
-    __syncthreads();
-    return 1.0f;
+  if (B > 1 || !norm) return 1.0f;
+  square = warp_sum(square);
+  if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = square;
+  __syncthreads();
+  float4 sum = quad_at(scratch, 0);
+#pragma unroll
+  for (int w = 1; w < MOST_WARPS / 4; ++w) {
+    const float4 more = quad_at(scratch, w);
+    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
   }
-  return rsqrtf(block_sum(square, scratch) / in.size + in.eps);
+  return rsqrtf((sum.x + sum.y + (sum.z + sum.w)) / in.size + in.eps);
 }
 
 // ---- who is kept --------------------------------------------------------------------------------------------------------
@@ -166,49 +189,63 @@ AS_DEVICE u32 keepers(const float* v, float factor, float least) {
   return mask;
 }
 
-// A block's kept inputs under one threshold to `list`, in the order of threads; how many.  x holds the slice, [inputs, B];
-// `factor` times it is compared.  The threshold of local quad q is quad `staged ? q : its place among all` of `threshold`.
-// counts: one for each warp, of MOST_WARPS.
-AS_DEVICE int keep_inputs(const Slice& slice, const float* x, float factor, const float* threshold, bool staged, int* counts,
-                          Entry* list) {
+// A block's kept inputs under one or two thresholds to `list`, side after side, each from a multiple of `groups` on and in the
+// order of threads; how many.  x holds the slice, [inputs, B]; `factor` times it is compared.  The threshold of local quad q is
+// quad `staged ? q : its place among all` of `threshold`.  counts: one for each warp, of MOST_WARPS.
+struct Counts {
+  int first, second;
+};
+
+AS_DEVICE Counts keep_inputs(const Slice& slice, const float* x, float factor, const float* const* threshold, int sides,
+                             bool staged, int* counts, Entry* list, int groups) {
   const int warp = threadIdx.x >> 5, quads = slice.quads();
-  const auto least_of = [&](int q) {
-    return threshold ? quad_at(threshold, staged ? q : slice.input(q) >> 2) : make_float4(NOTHING, NOTHING, NOTHING, NOTHING);
+  const auto least_of = [&](const float* of, int q) {
+    return of ? quad_at(of, staged ? q : slice.input(q) >> 2) : make_float4(NOTHING, NOTHING, NOTHING, NOTHING);
   };
-  unsigned long long kept = 0;
+  u32 kept[2] = {0, 0};
 #pragma unroll 1
-  for (int q = threadIdx.x, shift = 0; q < quads; q += blockDim.x, shift += 4) {
+  for (int q = threadIdx.x, shift = 0; q < quads; q += THREADS, shift += 4) {
     if (slice.input(q) >= slice.size) continue;
-    const float4 least = least_of(q);
     float v[4 * B];
 #pragma unroll
     for (int b = 0; b < B; ++b) {  // the quad in 16-byte pieces
       const float4 piece = quad_at(x + 4 * q * B, b);
       v[4 * b] = piece.x, v[4 * b + 1] = piece.y, v[4 * b + 2] = piece.z, v[4 * b + 3] = piece.w;
     }
-    u32 four = keepers(v, factor, least.x) ? 1u : 0u;
-    four |= keepers(v + B, factor, least.y) ? 2u : 0u;
-    four |= keepers(v + 2 * B, factor, least.z) ? 4u : 0u;
-    four |= keepers(v + 3 * B, factor, least.w) ? 8u : 0u;
-    kept |= (unsigned long long)four << shift;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      if (side == sides) break;
+      const float4 least = least_of(threshold[side], q);
+      u32 four = keepers(v, factor, least.x) ? 1u : 0u;
+      four |= keepers(v + B, factor, least.y) ? 2u : 0u;
+      four |= keepers(v + 2 * B, factor, least.z) ? 4u : 0u;
+      four |= keepers(v + 3 * B, factor, least.w) ? 8u : 0u;
+      kept[side] |= four << shift;
+    }
   }
-  const int mine = __popc((u32)kept) + __popc((u32)(kept >> 32)), upto = scan_warp(mine);
+  const int mine = __popc(kept[0]) | __popc(kept[1]) << 16, upto = scan_warp(mine);  // two numbers in one
   if ((threadIdx.x & 31) == 31) counts[warp] = upto;
   __syncthreads();
   const Before others = sum_before(counts);
-  Entry* to = list + others.before + upto - mine;
+  const Counts all{others.total & 0xffff, others.total >> 16};
+  const int before = others.before + upto - mine;
 #pragma unroll 1
-  for (int q = threadIdx.x; kept; q += blockDim.x, kept >>= 4) {
-    const float4 least = B > 1 ? least_of(q) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  for (int side = 0; side < sides; ++side) {
+    u32 bits = side ? kept[1] : kept[0];
+    Entry* to = side ? list + ((all.first + groups - 1) & ~(groups - 1)) + (before >> 16) : list + (before & 0xffff);
+#pragma unroll 1
+    for (int q = threadIdx.x; bits; q += THREADS, bits >>= 4) {
+      const float4 least = B > 1 ? least_of(side ? threshold[1] : threshold[0], q) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if ((u32)kept >> e & 1u) {
-        const float bound = e == 0 ? least.x : e == 1 ? least.y : e == 2 ? least.z : least.w;
-        const u32 mask = B > 1 ? keepers(x + (4 * q + e) * B, factor, bound) : 0;
-        *to++ = (Entry)(mask << 16 | (u32)(4 * q + e));
-      }
+      for (int e = 0; e < 4; ++e)
+        if (bits >> e & 1u) {
+          const float bound = e == 0 ? least.x : e == 1 ? least.y : e == 2 ? least.z : least.w;
+          const u32 mask = B > 1 ? keepers(x + (4 * q + e) * B, factor, bound) : 0;
+          *to++ = (Entry)(mask << 16 | (u32)(4 * q + e));
+        }
+    }
   }
-  return others.total;
+  return all;
 }
 
 // This block's even share of those with a value: their rows, places and values [share, B]; where the share begins.  What lies
