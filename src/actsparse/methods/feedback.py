@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from actsparse import kernels
 from actsparse.kernels import planes
 from actsparse.kernels.planes import GROUP, Packed
-from actsparse.methods.rounding import CLIPS, blocks_of, gains_of, round_columns
+from actsparse.methods.rounding import CLIPS, each_block, gains_of, round_columns
 
 # Added to the Hessian's diagonal, as a fraction of its mean: fewer tokens than inputs make it singular.
 DAMPING = 0.01
@@ -67,8 +67,12 @@ def round_with_feedback(
     mantissa = torch.empty(planes.groups_of(outputs), inputs, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(inputs, dtype=torch.bfloat16, device=weight.device)
     fits = torch.zeros(2, stored // 2, dtype=torch.float64, device=weight.device)
-    for block in blocks_of(outputs, inputs):
+
+    def search(block: slice) -> torch.Tensor:
         _, mantissa[:, block], scale[block], fit = round_columns(weight[:, block], stored, level_weight[:, block])
+        return fit
+
+    for fit in each_block(search, outputs, inputs, weight.device):
         fits += fit
     gain = gains_of(fits)
 
