@@ -13,7 +13,7 @@ import torch
 
 from actsparse import kernels
 from actsparse.kernels import Rules, reference
-from actsparse.kernels.cuda import compiler, ffn_obstacle, launches, layout_obstacle, linear_obstacle, products
+from actsparse.kernels.cuda import compiler, ffn_obstacle, launches, layout_obstacle, linear_obstacle, many, products
 from tests import cuda_emulator
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -32,8 +32,8 @@ def where(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"device": "cpu", "machine": cuda_emulator.MACHINE, "run": cuda_emulator.run}
 
 
-def options(where: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in where.items() if name != "device"}
+def options(where: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in where.items() if (name in names if names else name != "device")}
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int, device: str, scale: float = 1.0) -> torch.Tensor:
@@ -218,6 +218,52 @@ def test_a_block_of_more_inputs_than_a_list_holds_is_refused() -> None:
         up, down = by_columns(torch.zeros(32, inputs)), by_columns(torch.zeros(inputs, 32))
         rules = Rules(activation="silu", up_in_threshold=torch.zeros(inputs))
         assert (ffn_obstacle(torch.zeros(1, inputs), up, up, down, rules) == "") == fits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("activation", "second_activation"), [("silu", "identity"), ("gelu_tanh", "relu"), ("identity", "")]
+)
+def test_what_thresholds_leave_of_many_rows(
+    where: dict[str, Any], dtype: torch.dtype, activation: str, second_activation: str
+) -> None:
+    device, eps = where["device"], torch.finfo(dtype).eps
+    value, second = (random(3, 300, N, dtype=dtype, seed=seed, device=device) for seed in (1, 2))
+    least, product = (random(N, dtype=torch.float32, seed=seed, device=device).abs() / 4 for seed in (3, 4))
+    value[0, 7, 5] = float("nan")
+    v = reference.ACTIVATIONS[activation](value)
+    both = v * reference.ACTIVATIONS[second_activation](second) if second_activation else v
+    want = torch.where(reference.keep(v, least) & reference.keep(both, product), both, 0.0)
+    given = (second if second_activation else None, least, product, activation, second_activation or "identity")
+    got = many.cut(value, *given, **options(where, "run"))
+    # A value within rounding of its threshold may fall on either side.
+    near = ((v.abs() - least).abs() <= 2 * eps * least) | ((both.abs() - product).abs() <= 2 * eps * product)
+    assert near.float().mean() < 0.02
+    assert bool(got[0, 7, 5].isnan())
+    wrong = (got.float() - want.float()).abs() > 2 * eps * want.float().abs()
+    assert not bool((wrong & ~near).any())
+    assert 0.1 < float((got == 0).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("name", ["cats", "teal", "relu"])
+def test_blocks_of_many_rows(where: dict[str, Any], name: str) -> None:
+    device, dtype = where["device"], torch.bfloat16
+    rules = Rules(**rule_sets(device, dtype)[name])
+    x = random(40, H, dtype=dtype, seed=1, device=device)
+    gate, up = (random(N, H, dtype=dtype, seed=seed, device=device, scale=H**-0.5) for seed in (2, 3))
+    down = by_columns(random(H, N, dtype=dtype, seed=4, device=device, scale=N**-0.5))
+    want = reference.gated_ffn_masked(x, gate, up, down, rules)
+    got = many.gated_ffn(x, gate, up, down, rules, **options(where, "run"))
+    # Few values lie within rounding of a threshold; those that do weigh little.
+    assert float((got.float() - want.float()).norm() / want.float().norm()) < 0.01
+
+
+def test_many_rows_are_left_to_the_oracle_where_it_alone_knows_the_rules() -> None:
+    x, weight = torch.zeros(20, 16, dtype=torch.bfloat16), torch.zeros(32, 16, dtype=torch.bfloat16)
+    assert not many.fits(Rules("silu", neurons=torch.zeros(1, dtype=torch.int32)), x, weight)
+    assert not many.fits(Rules("silu"), x.float(), weight)
+    assert not many.fits(Rules("silu"), x, weight[:, :12])
+    assert not many.fits(Rules("silu"), x.clone().requires_grad_(), weight)
 
 
 @pytest.mark.cuda

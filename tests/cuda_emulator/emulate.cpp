@@ -265,6 +265,7 @@ AS_DEVICE void prefetch(const void*, uint32_t bytes) {
 #include "planes.cuh"
 #include "unpack.cuh"
 #include "rounding.cuh"
+#include "cut.cuh"
 
 #define LAUNCHER(name, P)                                                                                     \
   extern "C" void name(const void* p, unsigned x, unsigned y, unsigned threads, unsigned shared) {            \
@@ -278,3 +279,4 @@ LAUNCHER(embedding, Embedding)
 LAUNCHER(planes, Planes)
 LAUNCHER(unpack, Unpack)
 LAUNCHER(rounding, Rounding)
+LAUNCHER(cut, Cut)

@@ -164,8 +164,11 @@ def _linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, thr
     _check_linear(x, weight, bias, threshold)
     if _gathers(x):
         return portable.linear(x, weight, bias, threshold)
-    compute = reference.linear_masked if _rows(x) > MAX_BATCH else reference.linear
-    return compute(x, weight, bias, threshold)
+    if _rows(x) <= MAX_BATCH:
+        return reference.linear(x, weight, bias, threshold)
+    if x.is_cuda and cuda.many.fits(Rules("identity"), x, weight, bias):
+        return cuda.many.linear(x, weight, bias, threshold)
+    return reference.linear_masked(x, weight, bias, threshold)
 
 
 def _linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None, threshold: Tensor | None = None) -> Tensor:
@@ -314,8 +317,11 @@ def _ffn_reference(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rul
     _check_ffn(x, gate, up, down, rules)
     if _gathers(x):
         return portable.gated_ffn(x, gate, up, down, rules)
-    compute = reference.gated_ffn_masked if _rows(x) > MAX_BATCH else reference.gated_ffn
-    return compute(x, gate, up, down, rules)
+    if _rows(x) <= MAX_BATCH:
+        return reference.gated_ffn(x, gate, up, down, rules)
+    if x.is_cuda and cuda.many.fits(rules, x, gate, up, down):
+        return cuda.many.gated_ffn(x, gate, up, down, rules)
+    return reference.gated_ffn_masked(x, gate, up, down, rules)
 
 
 def _ffn_native(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules) -> Tensor:

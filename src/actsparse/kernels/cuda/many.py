@@ -1,0 +1,93 @@
+"""Products of more than 8 rows, as in a prompt: the matrix library's, of what thresholds leave.
+
+The same arithmetic as the ``_masked`` oracle's, whose masks take a dozen passes through memory: a prompt's first token came a
+sixth later than the dense model's.
+
+Letters: T rows, C channels.
+"""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_int32, c_int64, c_void_p
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..rules import Rules
+from . import compiler
+from .launches import ACTIVATIONS
+from .products import Run
+from .structures import Launch, pointer
+
+THREADS, BLOCKS = 256, 1024
+
+
+class Cut(Structure):
+    """What is left of rows."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("value", "second", "least", "product", "y")),
+        ("count", c_int64),
+        *((name, c_int32) for name in ("size", "activation", "second_activation")),
+    ]
+
+
+def fits(rules: Rules, *operands: Tensor | None) -> bool:
+    """Whether :func:`gated_ffn` knows these rules and sizes, and autograd is not to follow."""
+    if any(rule is not None for rule in (rules.predictor_a, rules.neurons, rules.mean)):
+        return False
+    given = [tensor for tensor in operands if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return False
+    x, *weights = given
+    sizes = all(size % 8 == 0 for weight in weights for size in weight.shape)
+    return x.dtype in compiler.DTYPES and sizes and not compiler.device_obstacle(x.device.index or 0)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | None, run: Run = compiler.run) -> Tensor:
+    """As :func:`actsparse.kernels.reference.linear_masked`."""
+    return F.linear(x if threshold is None else cut(x, least=threshold, run=run), weight, _of(x, bias))
+
+
+def gated_ffn(
+    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules: Rules, run: Run = compiler.run
+) -> Tensor:
+    """As :func:`actsparse.kernels.reference.gated_ffn_masked`, of rules that :func:`fits` takes."""
+    u = linear(x, up, rules.up_bias, rules.up_in_threshold, run)
+    least, product = rules.gate_threshold, rules.value_threshold
+    if gate is None:
+        value = cut(u, least=least, product=product, activation=rules.activation, run=run)
+    else:
+        g = linear(x, gate, rules.gate_bias, rules.gate_in_threshold, run)
+        value = cut(g, u, least, product, rules.activation, rules.up_activation, run=run)
+    return linear(value, down, rules.down_bias, None, run)
+
+
+def cut(
+    value: Tensor,
+    second: Tensor | None = None,
+    least: Tensor | None = None,
+    product: Tensor | None = None,
+    activation: str = "identity",
+    second_activation: str = "identity",
+    *,
+    run: Run = compiler.run,
+) -> Tensor:
+    """v = activation(value) times w = second_activation(second), [..., C]; 0 where |v| < least or |v w| < product, [C]."""
+    value = value.contiguous()
+    second = None if second is None else second.contiguous()
+    y = torch.empty_like(value)
+    parameters = Cut(
+        *map(pointer, (value, second, least, product, y)), value.numel(), value.shape[-1], ACTIVATIONS[activation],
+        ACTIVATIONS[second_activation],
+    )  # fmt: skip
+    if value.numel():
+        grid = (min(BLOCKS, -(-value.numel() // (8 * THREADS))), 1)
+        launch = Launch("cut", grid, THREADS, 0, parameters, (value, second, least, product, y))
+        run([launch], value.device, value.dtype, 1)
+    return y
+
+
+def _of(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
