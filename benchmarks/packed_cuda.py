@@ -159,20 +159,32 @@ def products(names: Sequence[str], rows: int = 1, of: Sequence[str] = tuple(PROD
         sets = [[random_matrix(out, inputs, DEPTHS["3.0"]) for out in outputs] for _ in range(copies)]
         value, second = (torch.randn(rows, inputs, device=DEVICE) for _ in range(2))
         x, weight = value.to(DTYPE), torch.ones(inputs, device=DEVICE)
+        (sums, squares), (factor, _) = graded.sums_of(value[0]), graded.sums_of(second[0])
         identity = ACTIVATIONS["identity"]
         given = graded.PlaneInput(activation=identity, second_activation=identity, size=inputs, eps=1e-5)
         if rows > 1:
             given.x = x.data_ptr()
-        else:  # as in a step: the stream under its norm, what attention gives, gate and up
+        elif product == "o":  # as in a step: what attention gives, gate and up, the stream under its norm
             given.value = value.data_ptr()
-            given.norm = weight.data_ptr() if product not in ("o", "down") else None
-            if product == "down":
-                given.second, given.activation = second.data_ptr(), ACTIVATIONS["silu"]
+        elif product == "down":
+            given.sum, given.second, given.activation = sums.data_ptr(), factor.data_ptr(), ACTIVATIONS["silu"]
+        else:
+            given.sum, given.squares, given.norm = sums.data_ptr(), squares.data_ptr(), weight.data_ptr()
+        stream = product in ("o", "down") and rows == 1
+        results = [graded.zero_sums(rows * out, device) for out in outputs]
+        rounded = (
+            torch.empty(rows * sum(outputs), dtype=DTYPE, device=DEVICE) if rows > 1 and len(outputs) == 1 else None
+        )
+        out = torch.empty(outputs[0], device=DEVICE) if product == "head" else None
+        followed = graded.zero_sums(graded.SQUARES, device) if stream else None
         for name in names:
             build, read = Builder(machine, device, rows), 0.0
             for matrices in sets:
                 drawn = [redrawn(matrix, DEPTHS[name]) for matrix in matrices]
-                graded.product(build, given, drawn, keep=(value, second, x, weight))
+                graded.product(
+                    build, given, drawn, results, out=out, rounded=rounded, squares=followed,
+                    keep=(value, x, weight, sums, squares, factor),
+                )  # fmt: skip
                 read = bytes_read(drawn)
             launches = build.launches * max(1, 20 // copies)
             middle, least, most = replays(lambda: compiler.run(launches, device, DTYPE, rows), len(launches))  # noqa: B023

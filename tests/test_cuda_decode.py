@@ -74,8 +74,8 @@ def in_tiles(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, GradedLinear | PackedLinear) and not isinstance(module.packed, tiles.Tiles):
             module.packed = tiles.tiles_of(module.packed)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # a file's mapping is not aligned
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # a file's mapping is not aligned
     return model
 
 

@@ -178,7 +178,10 @@ def test_matrices_of_one_input_share_blocks(where: dict[str, Any]) -> None:
     )
     given = [rules(6, inputs, size) for size in sizes]
     given[1]["thresholds"] = given[1]["thresholds"] * 0.5
-    x = (torch.nn.functional.silu(value) * second)[None]
+    entered = [graded.sums_of(part.to(device))[0] for part in (value, second, residual)]
+    squares = graded.sums_of(residual.to(device))[1]
+    value, second, residual = (values_of(part) for part in entered)
+    x = (torch.nn.functional.silu(value) * second).float()[None]
     packed = [matrix(6, size, inputs, seed) for seed, size in enumerate(sizes)]
     held = [
         graded.plane_matrix(
@@ -187,22 +190,94 @@ def test_matrices_of_one_input_share_blocks(where: dict[str, Any]) -> None:
         )
         for p, r in zip(packed, given, strict=True)
     ]
-    on_device = [part.to(device) for part in (value, second, residual)]
     entry = graded.PlaneInput(
-        value=on_device[0].data_ptr(), second=on_device[1].data_ptr(), activation=ACTIVATIONS["silu"],
+        sum=entered[0].data_ptr(), second=entered[1].data_ptr(), activation=ACTIVATIONS["silu"],
         second_activation=ACTIVATIONS["identity"], size=inputs,
     )  # fmt: skip
     machine = where.get("machine") or compiler.machine(torch.cuda.current_device())
     build = Builder(machine, device, 1)
-    results = graded.product(build, entry, held, blocks=7)
-    (added,) = graded.product(build, entry, held[:1], residual=on_device[2], blocks=2)
-    for _ in range(2):  # what blocks count arrivals with is left as it was
-        where.get("run", compiler.run)(build.launches, device, torch.bfloat16, 1)
+    results = [graded.zero_sums(size, device) for size in sizes]
+    out = torch.full((sizes[0],), float("nan"), device=device)
+    graded.product(build, entry, held, results, blocks=7)
+    graded.product(build, entry, held[:1], entered[2:], out=out, kept=True, squares=squares, blocks=2)
+    where.get("run", compiler.run)(build.launches, device, torch.bfloat16, 1)
     for got, p, r in zip(results, packed, given, strict=True):
-        want = planes.linear(x.double(), p, **r)[0]
-        assert bool(((got.cpu().double() - want).abs() <= allowed(got, want, x, p, r)[0]).all())
-    want = planes.linear(x.double(), packed[0], **given[0])[0] + residual
-    assert bool(((added.cpu().double() - want).abs() <= allowed(added, want, x, packed[0], given[0])[0]).all())
+        want, got = planes.linear(x.double(), p, **r)[0], values_of(got)[: p.out]
+        assert bool(((got - want).abs() <= allowed(got.float(), want, x, p, r)[0]).all())
+    want, added = (
+        planes.linear(x.double(), packed[0], **given[0])[0] + residual[: sizes[0]],
+        values_of(entered[2])[: sizes[0]],
+    )
+    assert bool(((added - want).abs() <= allowed(added.float(), want, x, packed[0], given[0])[0]).all())
+    assert torch.equal(out.cpu(), added.float())
+    followed, recomputed = squares[:64].view(-1, 2).sum(0), graded.sums_of(values_of(entered[2]).to(device))[1][:2]
+    assert torch.equal(followed, recomputed)
+    assert not int(squares[64])
+
+
+def values_of(sums: torch.Tensor) -> torch.Tensor:
+    return sums.cpu().double() / graded.SUM_STEPS
+
+
+def test_sums_out_of_range_are_no_numbers_and_others_are_cleared(where: dict[str, Any]) -> None:
+    """A part too large for the sums' steps, or a sum that is: not a number, whatever is added afterwards."""
+    device, run = torch.device(where["device"]), where.get("run", compiler.run)
+    machine = where.get("machine") or compiler.machine(torch.cuda.current_device())
+    packed, inputs = matrix(6), torch.zeros(I, device=device)
+    inputs[5] = 1e9
+    held = graded.plane_matrix(tiles.tiles_of(packed, device))
+    build, total = Builder(machine, device, 1), graded.zero_sums(O, device)
+    other = torch.ones(4098, dtype=torch.int64, device=device)
+    out, again = (torch.zeros(O, device=device) for _ in range(2))
+    identity = ACTIVATIONS["identity"]
+
+    def entry(values: torch.Tensor) -> graded.PlaneInput:
+        return graded.PlaneInput(value=values.data_ptr(), activation=identity, second_activation=identity, size=I)
+
+    small = torch.ones(I, device=device)
+    graded.product(build, entry(inputs), [held], [total], out=out, kept=True, clear=other, blocks=3)
+    graded.product(build, entry(small), [held], [total], out=again, blocks=3)
+    run(build.launches, device, torch.bfloat16, 1)
+    weight = planes.unpack(packed, None, torch.float64)[:, 5]
+    large = (weight.abs() * 1e9 > 1.1 * 2**23).to(device)
+    assert bool(large.any())
+    assert bool(out[large].isnan().all())
+    assert bool(again[large].isnan().all())
+    assert bool(again[(weight.abs() * 1e9 < 0.9 * 2**23).to(device)].isfinite().all())
+    assert not bool(other.any())
+    assert not bool(total.any())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_a_vector_of_sums_under_its_norm(where: dict[str, Any], scale: float) -> None:
+    """Squares in fine steps, and in coarse ones where the sum of squares is large; one value too large is no number."""
+    device, run = torch.device(where["device"]), where.get("run", compiler.run)
+    machine = where.get("machine") or compiler.machine(torch.cuda.current_device())
+    packed, given, g = matrix(6), rules(6), torch.Generator().manual_seed(9)
+    value, weight = scale * torch.randn(I, generator=g), torch.rand(I, generator=g) + 0.5
+    x = (value.double() * (value.double().square().mean() + 1e-5).rsqrt() * weight)[None]
+    near = (x.abs() - given["thresholds"][:, None]).abs().amin(0) < 1e-3  # no rounding moves a decision
+    given["thresholds"][:, near[0]] = 0.0
+    given["center"].zero_()
+    held = graded.plane_matrix(
+        tiles.tiles_of(packed, device), **{name: part.to(device) for name, part in given.items()}
+    )
+    sums, squares = graded.sums_of(value.to(device))
+    norm, out = weight.to(device), torch.zeros(O, device=device)
+    entry = graded.PlaneInput(
+        sum=sums.data_ptr(), squares=squares.data_ptr(), norm=norm.data_ptr(), activation=ACTIVATIONS["identity"],
+        second_activation=ACTIVATIONS["identity"], size=I, eps=1e-5,
+    )  # fmt: skip
+    build = Builder(machine, device, 1)
+    graded.product(build, entry, [held], [graded.zero_sums(O, device)], out=out, blocks=3)
+    run(build.launches, device, torch.bfloat16, 1)
+    want = planes.linear(x, packed, **given)
+    # Of the norm's own rounding: float32, and squares in steps.
+    bound = allowed(out.cpu(), want, x, packed, given) + 4e-6 * want.norm() / O**0.5
+    assert bool(((out.cpu().double() - want).abs() <= bound).all())
+    squares[64] = 1
+    run(build.launches, device, torch.bfloat16, 1)
+    assert bool(out.isnan().all())
 
 
 @pytest.mark.parametrize("level", [None, 2, 4])

@@ -255,8 +255,19 @@ AS_DEVICE void prefetch(const void*, uint32_t bytes) {
   if (bytes % 16) __builtin_trap();
 }
 
+AS_DEVICE long long to_steps(float v) { return std::llrint(v); }
+AS_DEVICE long long load_sum(const long long* at) { return *at; }
+AS_DEVICE void add_steps(long long* at, long long steps) { *at += steps; }
+AS_DEVICE long long add_and_get(long long* at, long long steps) {
+  const long long before = *at;
+  *at += steps;
+  return before;
+}
+AS_DEVICE void put_steps(long long* at, long long steps) { *at = steps; }
+
 #include "matrix.h"
 #include "primitives.cuh"
+#include "sums.cuh"
 #include "selection.cuh"
 #include "rows.cuh"
 #include "columns.cuh"

@@ -21,10 +21,6 @@ AS_DEVICE uint2 load_codes(const unsigned char* at) {
   return v;
 }
 AS_DEVICE uint2 load_mantissas(const unsigned char* at) { return load_codes(at); }
-AS_DEVICE float4 load_fresh(const float* at) {
-  if (reinterpret_cast<uintptr_t>(at) % 16) __builtin_trap();
-  return {at[0], at[1], at[2], at[3]};
-}
 AS_DEVICE uint32_t arrive(uint32_t* at) { return atomicAdd(at, 1u); }
 AS_DEVICE uint4 load_codes16(const unsigned char* at) {
   if (reinterpret_cast<uintptr_t>(at) % 16) __builtin_trap();

@@ -22,6 +22,7 @@ from .structures import Launch, address
 
 SOURCES = (
     "primitives.cuh",
+    "sums.cuh",
     "selection.cuh",
     "rows.cuh",
     "columns.cuh",

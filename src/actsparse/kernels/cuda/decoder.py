@@ -24,6 +24,7 @@ from .structures import Attention, Embedding, Input, Launch, Parts, pointer, vec
 
 MOST_GROUP = 8  # query heads that one block of the attention kernel serves
 MOST_HEAD_DIM = 256
+_IDENTITY = ACTIVATIONS["identity"]
 _ATTENTION_THREADS = 256
 
 
@@ -259,31 +260,51 @@ class _Step:
         self._hidden = hidden
         self._streams = [torch.empty(hidden, dtype=torch.float32, device=decoder.device) for _ in range(2)]
         self._pending: Parts | None = None
+        # Packed layers come first. Vectors of sums: their stream, and what q, k and v and gate and up add to.
+        self._packed = [isinstance(layer.q, PlaneMatrix) for layer in decoder.layer]
+        self._packed.append(isinstance(decoder.lm_head, PlaneMatrix))
+        if self._packed != sorted(self._packed, reverse=True):
+            raise ValueError("packed matrices come after plain ones, expected one kind, or plain ones last")
+        self._stream = graded.zero_sums(hidden, decoder.device)
+        self._squares = graded.zero_sums(graded.SQUARES, decoder.device)
+        self._sums = [self._zero_sums(("q", "k", "v")), self._zero_sums(("gate", "up"))]
         blocks = decoder.kv_heads * (decoder.heads // decoder.kv_heads // decoder.group)
         self._splits = max(1, min(32, decoder.machine.processors // blocks))
         room = blocks * self._splits * decoder.group * (decoder.head_dim + 2)
         self._partial = torch.empty(room, dtype=torch.float32, device=decoder.device)
         self._arrived = torch.zeros(blocks, dtype=torch.int32, device=decoder.device)
         self._embed()
-        for layer in decoder.layer:
+        for number, layer in enumerate(decoder.layer):
             self._arena.turn()
             self._attention(layer)
-            self._ffn(layer)
+            self._ffn(layer, last=not self._packed[number + 1])
         self._arena.turn()
         if isinstance(decoder.lm_head, PlaneMatrix):
-            last = self._plane_input(decoder.final_norm)
-            graded.product(self._build, last, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
+            stream, sums = self._plane_input(decoder.final_norm), graded.zero_sums(decoder.lm_head.out, decoder.device)
+            graded.product(self._build, stream, [decoder.lm_head], [sums], out=decoder.logits, clear=self._sums[1])
         else:
             x = self._normalised(decoder.final_norm)
             self._build.rows_product(x, [decoder.lm_head], out=decoder.logits, keep=(self._streams,))
         self.launches = self._build.launches
 
+    def _zero_sums(self, names: tuple[str, ...]) -> Tensor:
+        """Vectors of sums in a row, for these matrices of any layer."""
+        found = [
+            [getattr(layer if hasattr(layer, name) else layer.ffn, name) for name in names]
+            for layer in self._decoder.layer
+        ]
+        sizes = [sum(matrix.out for matrix in row if isinstance(matrix, PlaneMatrix)) for row in found]
+        return graded.zero_sums(max(sizes), self._decoder.device)
+
     def _embed(self) -> None:
         decoder, matrix = self._decoder, self._decoder.embedding
         p = Embedding(
-            pointer(matrix.weight), pointer(decoder.state), pointer(self._streams[0]), matrix.stride, self._hidden
-        )
-        self._build.launch("embedding", 256, 0, p, (matrix, self._streams, decoder.state))
+            pointer(matrix.weight), pointer(decoder.state), pointer(self._streams[0]), stride=matrix.stride, size=self._hidden
+        )  # fmt: skip
+        if self._packed[0]:
+            p.sum, p.squares = pointer(self._stream), pointer(self._squares)
+        keep = (matrix, self._streams, self._stream, self._squares, decoder.state)
+        self._build.launch("embedding", 256, 0, p, keep)
 
     def _normalised(self, norm: Norm) -> Input:
         """The residual stream with what is pending added, under a norm; the sum becomes the stream."""
@@ -297,21 +318,27 @@ class _Step:
 
     def _plane_input(self, norm: Norm) -> PlaneInput:
         """The residual stream under a norm, for packed matrices."""
-        if self._pending is not None:
-            raise ValueError("packed matrices come after plain ones, expected one kind, or plain ones last")
-        identity = ACTIVATIONS["identity"]
         return PlaneInput(
-            value=pointer(self._streams[0]), norm=pointer(norm.weight), activation=identity, second_activation=identity,
-            size=self._hidden, eps=norm.eps,
+            sum=pointer(self._stream), squares=pointer(self._squares), norm=pointer(norm.weight), activation=_IDENTITY,
+            second_activation=_IDENTITY, size=self._hidden, eps=norm.eps,
         )  # fmt: skip
 
-    def _add_product(self, x: PlaneInput, matrix: PlaneMatrix, keep: tuple[Any, ...]) -> None:
-        """A packed matrix's product with x becomes part of the residual stream."""
-        before, after = self._streams
-        graded.product(self._build, x, [matrix], residual=before, out=after, keep=keep)
-        self._streams = [after, before]
+    def _plane_product(
+        self, x: PlaneInput, matrices: list[PlaneMatrix], which: int, clear: Tensor | None
+    ) -> list[Tensor]:
+        """Products that are added to vectors of sums: those, one after the other in their place."""
+        parts, begin = [], 0
+        for matrix in matrices:
+            parts.append(self._sums[which][begin : begin + matrix.out])
+            begin += matrix.out
+        graded.product(self._build, x, matrices, parts, clear=clear)
+        return parts
 
-    def _ffn(self, layer: Layer) -> None:
+    def _add_product(self, x: PlaneInput, matrix: PlaneMatrix, **options: Any) -> None:
+        """A packed matrix's product with x becomes part of the residual stream."""
+        graded.product(self._build, x, [matrix], [self._stream], kept=True, squares=self._squares, **options)
+
+    def _ffn(self, layer: Layer, *, last: bool) -> None:
         ffn, build = layer.ffn, self._build
         if isinstance(ffn.up, Matrix):
             assert isinstance(ffn.down, Matrix)
@@ -319,21 +346,23 @@ class _Step:
             self._pending = build.ffn(self._normalised(layer.post_norm), ffn.gate, ffn.up, ffn.down, ffn.rules, None)
             return
         first = [matrix for matrix in (ffn.gate, ffn.up) if isinstance(matrix, PlaneMatrix)]
-        results = graded.product(build, self._plane_input(layer.post_norm), first)
+        parts = self._plane_product(self._plane_input(layer.post_norm), first, 1, None)
         inner = PlaneInput(
-            value=pointer(results[0]), second=pointer(results[1]) if len(results) > 1 else None,
+            sum=pointer(parts[0]), second=pointer(parts[1]) if len(parts) > 1 else None,
             activation=ACTIVATIONS[ffn.rules.activation], second_activation=ACTIVATIONS[ffn.rules.up_activation],
             size=ffn.up.out,
         )  # fmt: skip
         assert isinstance(ffn.down, PlaneMatrix)
-        self._add_product(inner, ffn.down, (results,))
+        # Plain matrices go on with a float32 stream.
+        out = self._streams[0] if last else None
+        self._add_product(inner, ffn.down, out=out, keep=(self._sums,))
 
     def _attention(self, layer: Layer) -> None:
         decoder, build = self._decoder, self._build
         packed = [matrix for matrix in (layer.q, layer.k, layer.v) if isinstance(matrix, PlaneMatrix)]
         if packed:
-            vectors = graded.product(build, self._plane_input(layer.input_norm), packed)
-            q, k, v = (Parts(vector, 1, matrix.out) for vector, matrix in zip(vectors, packed, strict=True))
+            parts = self._plane_product(self._plane_input(layer.input_norm), packed, 0, self._sums[1])
+            q, k, v = (Parts(part, 0, matrix.out) for part, matrix in zip(parts, packed, strict=True))
         else:
             x = self._normalised(layer.input_norm)
             sites = {
@@ -358,7 +387,7 @@ class _Step:
         warps = _ATTENTION_THREADS // 32
         floats = (
             (group + 6) * size
-            + group * held
+            + 2 * group * held
             + 4 * ((3 * group + 3) // 4)
             + warps * group * size
             + 2 * decoder.machine.lot
@@ -369,9 +398,8 @@ class _Step:
         )  # fmt: skip
         attended = Parts(y, 1, decoder.heads * size)
         if isinstance(layer.o, PlaneMatrix):
-            identity = ACTIVATIONS["identity"]
-            inner = PlaneInput(value=pointer(y), activation=identity, second_activation=identity, size=attended.size)
-            self._add_product(inner, layer.o, (y,))
+            inner = PlaneInput(value=pointer(y), size=attended.size)
+            self._add_product(inner, layer.o, clear=self._sums[0], keep=(y,))
             return
         self._pending = self._products(
             input_of(attended, attended.size), {"o": (layer.o, layer.o_threshold)}, prefetch=True

@@ -28,13 +28,10 @@ _SCRATCH_BYTES = 256 << 20
 
 
 class PlaneInput(Structure):
-    """x of a product with packed matrices."""
+    """x of a product with packed matrices: 16-bit rows, a float32 vector, or vectors of sums."""
 
     _fields_ = [
-        ("x", c_void_p),
-        ("value", c_void_p),
-        ("second", c_void_p),
-        ("norm", c_void_p),
+        *((name, c_void_p) for name in ("x", "value", "sum", "second", "squares", "norm")),
         ("activation", c_int32),
         ("second_activation", c_int32),
         ("size", c_int32),
@@ -47,11 +44,12 @@ class PlaneJob(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in (
-            "codes", "mantissa", "scale", "threshold", "center", "start", "residual", "y", "rounded",
+            "codes", "mantissa", "scale", "threshold", "center", "start", "sum", "y", "rounded",
         )),
         ("gain", c_float * 4),
         ("out", c_int32),
         ("begin", c_int32),
+        ("kept", c_int32),
     ]  # fmt: skip
 
 
@@ -61,10 +59,11 @@ class Planes(Structure):
     _fields_ = [
         ("input", PlaneInput),
         ("job", PlaneJob * 3),
-        ("parts", c_void_p),
         ("arrived", c_void_p),
+        ("clear", c_void_p),
+        ("squares", c_void_p),
         *((name, c_int32) for name in (
-            "jobs", "rows", "planes", "blocks", "quads", "even", "longer", "share", "segments",
+            "jobs", "rows", "planes", "blocks", "quads", "even", "longer", "share", "segments", "cleared",
         )),
         ("inverse", c_uint32),
     ]  # fmt: skip
@@ -138,39 +137,61 @@ def obstacle_of(tiles: object) -> str:
     return "" if quads < 1 << 28 else f"a packed matrix of {tiles.out} x {tiles.inputs} weights is too large"
 
 
-def product(
-    build: Builder, x: PlaneInput, matrices: Sequence[PlaneMatrix], *, residual: Tensor | None = None,
-    out: Tensor | None = None, rounded: Tensor | None = None, blocks: int = 0, keep: tuple[Any, ...] = (),
-) -> list[Tensor]:  # fmt: skip
-    """Every matrix's product with x, float32 [B, O] each.
+# Steps of the vectors of sums, to which the blocks of a product add their parts (csrc/sums.cuh).
+SUM_STEPS = float(1 << 30)
+# Room for the sum of a vector's squares, in several places.
+SQUARES = 66
 
-    A single one is added to the ``residual`` [B, O] and comes into ``out``, or in 16 bits into ``rounded``.  ``blocks`` 0
-    chooses by shape.
+
+def zero_sums(count: int, device: torch.device) -> Tensor:
+    """A vector of sums that are zero, int64."""
+    return torch.zeros(count + 1 & ~1, dtype=torch.int64, device=device)
+
+
+def sums_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 vector as sums, and its squares as a product keeps them [SQUARES]."""
+    sums, squares = zero_sums(len(values), values.device), zero_sums(SQUARES, values.device)
+    sums[: len(values)] = (values.double() * SUM_STEPS).round().long()
+    squares[0], squares[1] = ((sums + 512 >> 10) ** 2).sum(), ((sums + (1 << 26) >> 27) ** 2).sum()
+    return sums, squares
+
+
+def product(
+    build: Builder, x: PlaneInput, matrices: Sequence[PlaneMatrix], sums: Sequence[Tensor], *, out: Tensor | None = None,
+    rounded: Tensor | None = None, kept: bool = False, squares: Tensor | None = None, clear: Tensor | None = None,
+    blocks: int = 0, keep: tuple[Any, ...] = (),
+) -> None:  # fmt: skip
+    """Adds every matrix's product with x to its ``sums`` [B, O].
+
+    What a single one's come to goes into ``out``, float32, or ``rounded``, 16 bits; the sums are zeros again unless ``kept``.
+    ``squares`` [SQUARES] is what those of one row's sums come to, and follows them.
+    Other sums, which the launch before has read, are set to zero: ``clear``.  ``blocks`` 0 chooses by shape.
     """
     rows, size, levels = build.rows, x.size, {len(matrix.tiles.gains) for matrix in matrices}
     if len(levels) != 1 or any(matrix.inn != size for matrix in matrices):
         raise ValueError("packed matrices of one input differ in bits stored or in inputs")
     (stored,) = levels
     tiles = sum(matrix.tiles.codes.shape[0] for matrix in matrices)
-    cut = _cut(build, size // 4, tiles, stored, blocks)
-    jobs, results, begin = (PlaneJob * 3)(), [], 0
-    for at, matrix in enumerate(matrices):
-        y = out if out is not None or rounded is not None else build.scratch(rows * matrix.out)[: rows * matrix.out]
-        results.append(y if y is not None else rounded)
+    inputs = 8 if x.sum else 4 if x.value else 0
+    column = inputs + (8 if x.second else 0) + 4 * (stored + 1) + (4 if x.norm else 0) + 2
+    cut = _cut(build, size // 4, tiles, stored, column, blocks)
+    jobs, begin = (PlaneJob * 3)(), 0
+    for at, (matrix, total) in enumerate(zip(matrices, sums, strict=True)):
         held = matrix.tiles
         jobs[at] = PlaneJob(
             pointer(held.codes), pointer(held.mantissa), pointer(held.scale), pointer(matrix.thresholds),
-            pointer(matrix.center), pointer(matrix.start), pointer(residual), pointer(y),
-            pointer(rounded) if y is None else None, (c_float * 4)(*held.gains), matrix.out, begin,
+            pointer(matrix.center), pointer(matrix.start), pointer(total), pointer(out), pointer(rounded),
+            (c_float * 4)(*held.gains), matrix.out, begin, kept,
         )  # fmt: skip
-        begin, keep = begin + held.codes.shape[0], (*keep, matrix, y)
-    parts, arrived = build.scratch((cut.blocks + tiles) * rows * TILE), build.counters(tiles)
+        begin += held.codes.shape[0]
+    arrived = build.counters(tiles) if out is not None or rounded is not None else None
     p = Planes(
-        x, jobs, pointer(parts), pointer(arrived), len(matrices), rows, stored, cut.blocks, size // 4,
-        *divmod(tiles * (size // 4), cut.blocks), cut.share, cut.segments, -(-(1 << 32) // stored),
+        x, jobs, pointer(arrived), pointer(clear), pointer(squares), len(matrices), rows, stored, cut.blocks, size // 4,
+        *divmod(tiles * (size // 4), cut.blocks), cut.share, cut.segments, 0 if clear is None else clear.numel(),
+        -(-(1 << 32) // stored),
     )  # fmt: skip
-    build.launch("planes", _THREADS, cut.bytes, p, (keep, parts, arrived, residual, rounded), cut.blocks)
-    return [result for result in results if result is not None]
+    alive = (keep, tuple(matrices), tuple(sums), arrived, out, rounded, clear, squares)
+    build.launch("planes", _THREADS, cut.bytes, p, alive, cut.blocks)
 
 
 @dataclass(frozen=True)
@@ -183,20 +204,22 @@ class _Cut:
     bytes: int
 
 
-def _cut(build: Builder, quads: int, tiles: int, stored: int, blocks: int) -> _Cut:
+def _cut(build: Builder, quads: int, tiles: int, stored: int, column: int, blocks: int) -> _Cut:
     """Even shares for a block on every multiprocessor, or for as many on each as their lists need."""
     rows, total, limit = build.compiled, tiles * quads, build.machine.shared_bytes
-    warps, rounds = _THREADS // 32, 2 if rows == 1 else 1
+    warps = _THREADS // 32
 
     def cut(blocks: int) -> _Cut:
-        share = -(-total // blocks) + 1 & ~1  # even: what lies behind the lists is aligned
+        share = -(-total // blocks)
         segments = min(tiles, -(-share // quads) + 1)
-        entries = 4 * share * stored + 8 * segments
-        floats = (rows + 1) * rounds * warps + rows + 5 * segments + 1
+        entries = warps * (4 * -(-share // warps) * stored + 8 * segments)
+        words = (warps + 1) * rows + warps * (segments + 1) + 4 * segments
         return _Cut(
-            blocks, share, segments,
-            rows * _THREADS * 20 + entries * (4 * rows + 2) + 32 * share + segments * (4 * rows * TILE + 8) + 4 * floats,
-        )  # fmt: skip
+            blocks,
+            share,
+            segments,
+            entries * (4 * rows + 2) + share * (32 + 4 * column) + 4 * (segments * (rows + 1) * TILE + words),
+        )
 
     if blocks:
         return cut(blocks)
@@ -204,7 +227,7 @@ def _cut(build: Builder, quads: int, tiles: int, stored: int, blocks: int) -> _C
     if rows == 1 and limit >= 160 << 10:
         limit = limit // 2 - 1024
     made = cut(min(build.machine.processors, max(1, total // _LEAST_SHARE)))
-    while made.share > rounds * _THREADS or made.bytes > limit:
+    while made.bytes > limit:
         made = cut(made.blocks + build.machine.processors)
     return made
 
@@ -217,7 +240,8 @@ def linear(
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], matrix.out))
     build = Builder(machine or machine_of(x), x.device, rows)
-    product(build, PlaneInput(x=pointer(x), size=matrix.inn), [matrix], rounded=y, blocks=blocks)
+    sums = zero_sums(rows * matrix.out, x.device)
+    product(build, PlaneInput(x=pointer(x), size=matrix.inn), [matrix], [sums], rounded=y, blocks=blocks)
     run(build.launches, x.device, x.dtype, rows)
     return y
 

@@ -123,7 +123,11 @@ class Attention(Structure):
 class Embedding(Structure):
     """One row of the embedding."""
 
-    _fields_ = [("w", c_void_p), ("state", c_void_p), ("y", c_void_p), ("stride", c_int64), ("size", c_int32)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("w", "state", "y", "sum", "squares")),
+        ("stride", c_int64),
+        ("size", c_int32),
+    ]  # fmt: skip
 
 
 @dataclass
@@ -140,7 +144,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Parts:
-    """A float32 vector in parts [S, B, size] that are to be added up."""
+    """A float32 vector in parts [S, B, size] that are to be added up; with S = 0 one vector of sums, int64."""
 
     values: Tensor
     splits: int

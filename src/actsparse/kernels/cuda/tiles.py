@@ -84,7 +84,8 @@ def tiles_of(packed: Packed, device: torch.device | str | None = None) -> Tiles:
     mantissa = torch.zeros(inputs, padded, dtype=torch.uint8, device=device)
     mantissa[:, :groups] = _moved(packed.mantissa, device)
     mantissa = mantissa.view(inputs, tiles, 2, 4).permute(1, 0, 3, 2).reshape(tiles, inputs, _GROUPS)
-    scale, gain = packed.scale.to(device).contiguous(), packed.gain.to(device).contiguous()
+    # Copies: what lies in a file's mapping or among records is not aligned.
+    scale, gain = packed.scale.to(device, copy=True).contiguous(), packed.gain.to(device).contiguous()
     return Tiles(packed.out, codes.view(tiles, inputs, levels, RUN), mantissa, scale, gain, tuple(packed.gain.tolist()))
 
 

@@ -4,7 +4,7 @@ constexpr int G = AS_GROUP;
 constexpr int HELD = G < 4 ? G : 4;  // heads whose queries are in registers
 
 struct Attention {
-  const float* q;           // [S, heads * D]
+  const float* q;           // [S, heads * D]; where S is 0, one vector of sums
   const float* k;           // [S, K * D]
   const float* v;
   const float* q_norm;      // RMSNorm weights [D], or null
@@ -22,7 +22,17 @@ struct Attention {
 };
 
 // One head by one warp: parts summed into shared memory.  A lane takes four neighbours, all loads of theirs under way together.
-AS_DEVICE void sum_head(const float* parts, int splits, i64 stride, int size, float* to) {
+// `first` is the head's first value.
+AS_DEVICE void sum_head(const float* from, i64 first, int splits, i64 stride, int size, float* to) {
+  if (splits == 0) {
+    const i64* const sums = reinterpret_cast<const i64*>(from) + first;
+    for (int q = threadIdx.x & 31; q < size / 4; q += 32) {
+      const SumPair a = load_sums(sums + 4 * q), b = load_sums(sums + 4 * q + 2);
+      reinterpret_cast<float4*>(to)[q] = make_float4(from_sum(a.low), from_sum(a.high), from_sum(b.low), from_sum(b.high));
+    }
+    return __syncwarp();
+  }
+  const float* const parts = from + first;
   for (int q = threadIdx.x & 31; q < size / 4; q += 32) {
     float4 v = quad_at(parts, q);
 #pragma unroll 4
@@ -53,7 +63,8 @@ AS_DEVICE void turn_head(const float* norm, float eps, const float* cosine, cons
   __syncwarp();
 }
 
-// Positions whose keys and values are held at a time, twice over: while one lot is used, the next comes in.
+// Positions whose keys and values are held at a time, twice over: while one lot is used, the next comes in.  Up to twice as many
+// are one lot.
 AS_DEVICE int together_of(int size) { return AS_LOT / size; }
 
 struct Lots {               // a block's positions, in lots
@@ -91,12 +102,13 @@ AS_KERNEL(256, 2) attention_kernel(AS_PARAMETER Attention p) {
   const int groups = p.kv_heads * p.subgroups, number = blockIdx.x % groups, split = blockIdx.x / groups;
   const int head = number / p.subgroups, subgroup = number - head * p.subgroups;
   // Neither the position nor what the cache holds comes from the kernel before: both are read while that still runs.
-  const int position = p.state[1], together = together_of(size);
+  const int position = p.state[1], lot_size = together_of(size);
   const int oldest = p.window && position + 1 > p.window ? position + 1 - p.window : 0, total = position + 1 - oldest;
-  int splits = (total + 2 * together - 1) / (2 * together);
+  int splits = (total + 2 * lot_size - 1) / (2 * lot_size);
   splits = splits < p.splits ? splits : p.splits;
   const bool idle = split >= splits;
   const int begin = oldest + share_of(total, split, splits), end = oldest + share_of(total, split + 1, splits);
+  const int together = end - begin <= 2 * lot_size ? 2 * lot_size : lot_size;
 
   float* const q = shared;                                    // [G, D]
   float* const key = q + G * size;                            // [D] this token's
@@ -104,7 +116,7 @@ AS_KERNEL(256, 2) attention_kernel(AS_PARAMETER Attention p) {
   float* const angles = value + size;                         // [2, D / 2] cosines, sines
   float* const norms = angles + size;                         // [2, D] of queries, of keys
   float* const score = norms + 2 * size;                      // [G, together]
-  float* const top = score + G * together;                    // [G] running maximum, then [G] sum, then [G] factor
+  float* const top = score + G * 2 * lot_size;                    // [G] running maximum, then [G] sum, then [G] factor
   float* const weight = top + G;
   float* const factor = weight + G;
   float* const gathered = top + 4 * ((3 * G + 3) / 4);        // [warps, G, D]
@@ -132,13 +144,13 @@ AS_KERNEL(256, 2) attention_kernel(AS_PARAMETER Attention p) {
 #pragma unroll 1
   for (int g = warp; g < G + 2; g += warps) {
     if (hidden(g) < G) {  // hidden: no jump by a table
-      sum_head(p.q + (i64)(first + g) * size, p.q_splits, (i64)p.heads * size, size, q + g * size);
+      sum_head(p.q, (i64)(first + g) * size, p.q_splits, (i64)p.heads * size, size, q + g * size);
       turn_head(p.q_norm ? norms : nullptr, p.q_eps, cosine, angles + half, size, p.scale, q + g * size);
     } else if (hidden(g) == G) {
-      sum_head(p.k + (i64)head * size, p.k_splits, (i64)p.kv_heads * size, size, key);
+      sum_head(p.k, (i64)head * size, p.k_splits, (i64)p.kv_heads * size, size, key);
       turn_head(p.k_norm ? norms + size : nullptr, p.k_eps, cosine, angles + half, size, 1.0f, key);
     } else {
-      sum_head(p.v + (i64)head * size, p.v_splits, (i64)p.kv_heads * size, size, value);
+      sum_head(p.v, (i64)head * size, p.v_splits, (i64)p.kv_heads * size, size, value);
     }
   }
   if ((int)threadIdx.x < G) {
@@ -283,7 +295,9 @@ AS_KERNEL(256, 2) attention_kernel(AS_PARAMETER Attention p) {
 struct Embedding {
   const u16* w;             // [V, stride]
   const int* state;
-  float* y;                 // [H]
+  float* y;                 // [H], or
+  i64* sum;                 // [H] a vector of sums, with
+  i64* squares;             // [places, 2], and a flag
   i64 stride;
   int size;
 };
@@ -293,6 +307,31 @@ AS_KERNEL(256, 2) embedding_kernel(AS_PARAMETER Embedding p) {
   const u32* const row = reinterpret_cast<const u32*>(p.w + (i64)p.state[0] * p.stride);
   const int end = share_of(p.size / 2, blockIdx.x + 1, gridDim.x);
 #pragma unroll 1
-  for (int i = share_of(p.size / 2, blockIdx.x, gridDim.x) + threadIdx.x; i < end; i += blockDim.x)
-    widen2(row[i], p.y[2 * i], p.y[2 * i + 1]);
+  for (int i = share_of(p.size / 2, blockIdx.x, gridDim.x) + threadIdx.x; i < end; i += blockDim.x) {
+    float low, high;
+    widen2(row[i], low, high);
+    if (p.sum)
+      p.sum[2 * i] = sum_of(low), p.sum[2 * i + 1] = sum_of(high);
+    else
+      p.y[2 * i] = low, p.y[2 * i + 1] = high;
+  }
+  if (p.sum && blockIdx.x == 0) {
+    SumPair squares{0, 0};
+    bool broken = false;
+    for (int i = threadIdx.x; 2 * i < p.size; i += blockDim.x) {
+      float value[2];
+      widen2(row[i], value[0], value[1]);
+      for (int e = 0; e < 2; ++e) {
+        const i64 sum = sum_of(value[e]);
+        grow(squares, square_of(sum), SumPair{0, 0});
+        broken |= !has_square(sum);
+      }
+    }
+    squares = warp_total(squares);
+    const int at = threadIdx.x, warps = blockDim.x >> 5;
+    if ((at & 31) == 0) *reinterpret_cast<SumPair*>(p.squares + at / 16) = squares;
+    if (at < 2 * (SQUARE_PLACES - warps) + 1) p.squares[2 * warps + at] = 0;
+    __syncthreads();
+    if (broken) p.squares[2 * SQUARE_PLACES] = 1;
+  }
 }

@@ -11,15 +11,13 @@
 // j' times high or low byte of a coefficient, which is zero where j is not j': so a word of codes, masked where it stands, is an
 // operand, and coefficients have 16 bits, relative to the largest of the block.  A block's sums are exact integers.
 //
-// Blocks take even shares of the columns of all tiles in a row, so a block may end one tile and begin the next; the last block
-// of a tile to arrive adds the others' parts up, in their order.
+// Blocks take even shares of the columns of all tiles in a row, so a block may end one tile and begin the next, and warps even
+// shares of their block's: each chooses for its own columns, has a list of its own, and begins to load while the others choose.
 constexpr int RUN = 128, PLANE_TILE = 512, MOST_PLANES = 4;
 constexpr int PLANE_THREADS = 256, PLANE_WARPS = PLANE_THREADS / 32;
-constexpr int ROUNDS = B == 1 ? 2 : 1;  // quads of columns that a thread looks at
-constexpr int COUNTS = ROUNDS * PLANE_WARPS;
-constexpr int HALVES = B <= 2 ? 2 : 1;  // of a tile, by one warp: more rows have more sums
+constexpr int HALVES = B <= 2 ? 2 : 1;  // of a tile, by one warp: more rows have more sums, and two warps share their lists
+constexpr int LISTS = 2 / HALVES;
 constexpr int STAGES = B <= 2 ? 5 : 6;  // eights of entries whose codes a warp has under way
-constexpr int FOUND_BYTES = B * PLANE_THREADS * 20;
 constexpr float MOST_FACTOR = 8355000.0f;  // times 255 below 2^31 - 2^24
 constexpr float LEAST_TOP = 1.0e-30f;
 
@@ -43,13 +41,6 @@ AS_DEVICE uint4 load_codes16(const unsigned char* at) {
 AS_DEVICE uint2 load_mantissas(const unsigned char* at) {
   uint2 v;
   asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
-  return v;
-}
-
-// What another block of the same launch has written.
-AS_DEVICE float4 load_fresh(const float* at) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at));
   return v;
 }
 
@@ -87,10 +78,12 @@ AS_DEVICE void multiply_tile(int (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 
 #endif
 
 struct PlaneInput {         // x
-  const u16* x;             // [B, I], or
-  const float* value;       // [B, I] activated and multiplied by
-  const float* second;      // [B, I] activated
-  const float* norm;        // RMSNorm weight [I], for a value of one row
+  const u16* x;             // [B, I], or of one row
+  const float* value;       // [I], or
+  const i64* sum;           // [I] a vector of sums, activated and multiplied by
+  const i64* second;        // [I] activated
+  const i64* squares;       // of sums, and
+  const float* norm;        // RMSNorm weight [I]
   int activation, second_activation, size;
   float eps;
 };
@@ -102,22 +95,25 @@ struct PlaneJob {           // one matrix
   const float* threshold;   // [L, I]; null: every plane is read
   const float* center;      // [I]
   const float* start;       // [O]
-  const float* residual;    // [B, O]
-  float* y;                 // [B, O], or
-  u16* rounded;             // [B, O]
+  i64* sum;                 // [B, O] is added to
+  float* y;                 // [B, O] receives what the sums come to, or
+  u16* rounded;             // [B, O] does; neither: they are the result
   float gain[MOST_PLANES];
   int out, begin;           // outputs; first tile
+  int kept;                 // whether the sums stay when y has received them; else they are zeros again
 };
 
 struct Planes {
   PlaneInput input;
   PlaneJob job[3];
-  float* parts;             // [blocks + tiles, B, 512]
   u32* arrived;             // [tiles], 0 before and after
+  i64* clear;               // [cleared] becomes zeros: what the kernel before has read
+  i64* squares;             // of the first job's sums
   int jobs, rows, planes, blocks;
   int quads;                // I / 4
   int even, longer;         // quads of all tiles that a block takes; the first `longer` blocks take one more
   int share, segments;      // quads and tiles that a block may meet
+  int cleared;
   u32 inverse;              // 2^32 / L, rounded up
 };
 
@@ -127,114 +123,52 @@ AS_DEVICE int block_of(const Planes& p, int quad) {
   return rest < 0 ? quad / (p.even + 1) : p.longer + rest / p.even;
 }
 
-AS_DEVICE const PlaneJob& plane_job_of(const Planes& p, int tile) {
-  if (p.jobs > 2 && tile >= p.job[2].begin) return p.job[2];
-  if (p.jobs > 1 && tile >= p.job[1].begin) return p.job[1];
-  return p.job[0];
-}
-
-struct Constants {          // of four columns
-  float4 center, scale, norm, threshold[MOST_PLANES];
-};
-
-AS_DEVICE Constants constants_of(const Planes& p, const PlaneJob& job, int i) {
-  Constants c;
-  const u32* const scale = reinterpret_cast<const u32*>(job.scale + i);
-  c.scale = make_float4(as_float(scale[0] << 16), as_float(scale[0] & 0xffff0000u), as_float(scale[1] << 16),
-                        as_float(scale[1] & 0xffff0000u));
-  c.center = job.center ? quad_at(job.center, i / 4) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  c.norm = p.input.norm ? quad_at(p.input.norm, i / 4) : make_float4(1.0f, 1.0f, 1.0f, 1.0f);
-#pragma unroll
-  for (int k = 0; k < MOST_PLANES; ++k)
-    c.threshold[k] = k < p.planes && job.threshold ? quad_at(job.threshold + (i64)k * p.input.size, i / 4)
-                                                   : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  return c;
-}
-
-AS_DEVICE float4 activated(int code, float4 v) {
-  return make_float4(activate(code, v.x), activate(code, v.y), activate(code, v.z), activate(code, v.w));
-}
-
-AS_DEVICE float4 plane_input(const PlaneInput& in, int b, int i) {
-  const i64 at = (i64)b * in.size + i;
-  if (in.x) {
-    const u32* const from = reinterpret_cast<const u32*>(in.x + at);
-    float4 v;
-    widen2(from[0], v.x, v.y);
-    widen2(from[1], v.z, v.w);
-    return v;
-  }
-  float4 v = quad_at(in.value + at, 0), u = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
-  if (in.second) u = quad_at(in.second + at, 0);
-  if (in.activation != 5) v = activated(in.activation, v);
-  if (in.second && in.second_activation != 5) u = activated(in.second_activation, u);
-  return make_float4(v.x * u.x, v.y * u.y, v.z * u.z, v.w * u.w);
-}
-
-struct Depth {              // of four columns in one row: levels, and deviations times scale and gain
-  int level[4];
-  float factor[4];
-};
-
-AS_DEVICE Depth depth_of(const Planes& p, const PlaneJob& job, const Constants& c, float4 x, float rms) {
-  const float v[4] = {x.x, x.y, x.z, x.w}, center[4] = {c.center.x, c.center.y, c.center.z, c.center.w};
-  const float norm[4] = {c.norm.x, c.norm.y, c.norm.z, c.norm.w}, scale[4] = {c.scale.x, c.scale.y, c.scale.z, c.scale.w};
-  Depth d;
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const float deviation = (p.input.norm ? v[e] * rms * norm[e] : v[e]) - center[e], size = absolute(deviation);
-    d.level[e] = 0;
-    float gain = 0.0f;
-#pragma unroll
-    for (int k = 0; k < MOST_PLANES; ++k) {
-      const float4 four = c.threshold[k];
-      const float least = e == 0 ? four.x : e == 1 ? four.y : e == 2 ? four.z : four.w;
-      if (k < p.planes && !(size < least)) {
-        d.level[e] = k + 1;
-        gain = job.gain[k];
-      }
-    }
-    d.factor[e] = deviation * scale[e] * gain;
-  }
-  return d;
+AS_DEVICE int job_of(const Planes& p, int tile) {
+  return p.jobs > 2 && tile >= p.job[2].begin ? 2 : p.jobs > 1 && tile >= p.job[1].begin ? 1 : 0;
 }
 
 struct PlaneRoom {          // a block's shared memory
-  float4* found;            // [B, threads] factors; of parts, sums
-  u32* depth;               // [B, threads] levels, a byte each
-  int* factor;              // [B, entries] of an entry
+  int* factor;              // [B, entries] of an entry; as floats first
   u16* run;                 // [entries] column * L + plane, from the block's first column on
   unsigned char* mantissa;  // [columns, 8]
   int* result;              // [segments, B, 512]
-  u32* most;                // [B, COUNTS]
-  int* count;               // [COUNTS] entries of a warp in a round
+  float* start;             // [segments, 512] of tiles whose first columns the block has
+  i64* x;                   // [columns] sums, or as floats values
+  i64* second;              // [columns]
+  float* threshold;         // [L, columns]
+  float* center;            // [columns]
+  float* norm;              // [columns]
+  u16* scale;               // [columns]
   const unsigned char** base;  // [segments] the block's first column's codes, as if it were of that segment's matrix
+  u32* most;                // [B, warps] largest factors
   float* unit;              // [B]
-  int* before;              // [segments] entries of the segment's first warp before its own
-  int* bound;               // [segments + 1] where a segment's entries begin
-  int* first;               // [segments] the first block with a share of the tile, and
-  int* others;              // [segments] how many others have one
+  int* bound;               // [warps, segments + 1] where a segment's entries begin
+  int* others;              // [segments] how many other blocks have a share of the tile
   int* last;                // [segments] whether this one is the last of them to arrive
-  int entries;              // room
+  int entries, own;         // room, and a warp's
 };
 
 AS_DEVICE PlaneRoom plane_room(const Planes& p, float* shared) {
   PlaneRoom r;
-  r.entries = 4 * p.share * p.planes + 8 * p.segments;  // a multiple of eight
-  r.found = reinterpret_cast<float4*>(shared);
-  r.depth = reinterpret_cast<u32*>(r.found + B * PLANE_THREADS);
-  r.factor = reinterpret_cast<int*>(reinterpret_cast<unsigned char*>(shared) + FOUND_BYTES);
+  r.own = 4 * ((p.share + PLANE_WARPS - 1) / PLANE_WARPS) * p.planes + 8 * p.segments;
+  r.entries = PLANE_WARPS * r.own;
+  r.factor = reinterpret_cast<int*>(shared);
   r.run = reinterpret_cast<u16*>(r.factor + B * r.entries);
   r.mantissa = reinterpret_cast<unsigned char*>(r.run + r.entries);
   r.result = reinterpret_cast<int*>(r.mantissa + 32 * p.share);
-  r.most = reinterpret_cast<u32*>(r.result + p.segments * B * PLANE_TILE);
-  r.count = reinterpret_cast<int*>(r.most + B * COUNTS);
-  r.base = reinterpret_cast<const unsigned char**>(r.count + COUNTS);
+  r.start = reinterpret_cast<float*>(r.result + p.segments * B * PLANE_TILE);
+  const int columns = 4 * p.share;
+  r.x = reinterpret_cast<i64*>(r.start + p.segments * PLANE_TILE);
+  r.second = r.x + (p.input.x ? 0 : p.input.value ? columns / 2 : columns);
+  r.threshold = reinterpret_cast<float*>(r.second + (p.input.second ? columns : 0));
+  r.center = r.threshold + p.planes * columns;
+  r.norm = r.center + columns;
+  r.scale = reinterpret_cast<u16*>(r.norm + (p.input.norm ? columns : 0));
+  r.most = reinterpret_cast<u32*>(r.scale + columns);
+  r.base = reinterpret_cast<const unsigned char**>(r.most + B * PLANE_WARPS);
   r.unit = reinterpret_cast<float*>(r.base + p.segments);
-  r.before = reinterpret_cast<int*>(r.unit + B);
-  r.bound = r.before + p.segments;
-  r.first = r.bound + p.segments + 1;
-  r.others = r.first + p.segments;
+  r.bound = reinterpret_cast<int*>(r.unit + B);
+  r.others = r.bound + PLANE_WARPS * (p.segments + 1);
   r.last = r.others + p.segments;
   return r;
 }
@@ -242,175 +176,165 @@ AS_DEVICE PlaneRoom plane_room(const Planes& p, float* shared) {
 struct PlaneShare {         // a block's columns, in quads of all tiles in a row
   int from, end, tile, segments;
 
-  // Where a segment begins.
-  AS_MEMBER int begin_of(int segment, int quads) const { return segment ? (tile + segment) * quads - from : 0; }
+  // The block's column with which a segment begins.
+  AS_MEMBER int begin_of(int segment, int quads) const { return segment ? 4 * ((tile + segment) * quads - from) : 0; }
 };
 
-AS_DEVICE float rms_of(const PlaneInput& in, float* scratch) {
-  float square = 0.0f;
-#pragma unroll 8
-  for (int q = threadIdx.x; q < in.size / 4; q += PLANE_THREADS) {
-    const float4 v = quad_at(in.value, q);
-    square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-  }
-  return rsqrtf(block_sum(square, scratch) / in.size + in.eps);
-}
-
-struct PlaneQuad {          // four columns of a thread
-  int tile, column;
-  bool inside;
-  Constants constants;
-  float4 found;             // factors of one row; of more in shared memory
-  int level[4];             // of any row
-  int upto;                 // entries of the warp up to this thread
+struct PlaneWarp {          // a warp's columns, of the block's
+  int begin, end;
 };
 
-// How deep a quad is read; its warp's count and largest factor.
-AS_DEVICE void choose_levels(const Planes& p, const PlaneJob& job, const PlaneRoom& room, int round, float rms, PlaneQuad& quad) {
-  const int lane = threadIdx.x & 31, number = round * PLANE_WARPS + (threadIdx.x >> 5);
-#pragma unroll 2
-  for (int b = 0; b < B; ++b) {
-    u32 largest = 0, packed = 0;  // as bits, so that what is no number is larger than any
-    quad.found = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (quad.inside && b < p.rows) {
-      const Depth of = depth_of(p, job, quad.constants, plane_input(p.input, b, quad.column), rms);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        quad.level[e] = of.level[e] > quad.level[e] ? of.level[e] : quad.level[e];
-        packed |= (u32)of.level[e] << 8 * e;
-        const u32 size = as_bits(of.factor[e]) & 0x7fffffffu;
-        if (of.level[e] && size > largest) largest = size;
-      }
-      quad.found = make_float4(of.factor[0], of.factor[1], of.factor[2], of.factor[3]);
-    }
-    if (B > 1) {
-      room.found[b * PLANE_THREADS + threadIdx.x] = quad.found;
-      room.depth[b * PLANE_THREADS + threadIdx.x] = packed;
-    }
-    largest = __reduce_max_sync(0xffffffffu, largest);
-    if (lane == 0) room.most[b * COUNTS + number] = largest;
-  }
-  quad.upto = quad.level[0] + quad.level[1] + quad.level[2] + quad.level[3];
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const int other = __shfl_up_sync(0xffffffffu, quad.upto, offset);
-    if (lane >= offset) quad.upto += other;
-  }
-  if (lane == 31) room.count[number] = quad.upto;
-}
-
-// Its entries' place in the list is `to`.
-AS_DEVICE void write_entries(const Planes& p, const PlaneRoom& room, int round, const PlaneQuad& quad, const float (&inverse)[B],
-                             int to) {
-  const int first = 4 * (round * PLANE_THREADS + (int)threadIdx.x);
+// What does not depend on the kernel before, of a quad of columns of a matrix; `to` is its first column in the block.
+AS_DEVICE void copy_constants(const Planes& p, const PlaneJob& job, const PlaneRoom& room, int column, int tile, int to) {
+  const int size = p.input.size, columns = 4 * p.share;
+  const unsigned char* const mantissa = job.mantissa + 8 * ((i64)(tile - job.begin) * size + column);
+  copy_async(room.mantissa + 8 * to, mantissa);
+  copy_async(room.mantissa + 8 * to + 16, mantissa + 16);
+  const float4 none = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 1
-  for (int b = 0; b < B; ++b) {
-    const float4 found = B > 1 ? room.found[b * PLANE_THREADS + threadIdx.x] : quad.found;
-    const u32 packed = B > 1 ? room.depth[b * PLANE_THREADS + threadIdx.x] : 0u;
-    int* factors = room.factor + b * room.entries + to;
-    u16* runs = room.run + to;
+  for (int k = 0; k < p.planes; ++k)
+    if (job.threshold)
+      copy_async(room.threshold + k * columns + to, job.threshold + (i64)k * size + column);
+    else
+      *reinterpret_cast<float4*>(room.threshold + k * columns + to) = none;
+  if (job.center)
+    copy_async(room.center + to, job.center + column);
+  else
+    *reinterpret_cast<float4*>(room.center + to) = none;
+  if (p.input.norm) copy_async(room.norm + to, p.input.norm + column);
+  *reinterpret_cast<uint2*>(room.scale + to) = load_mantissas(reinterpret_cast<const unsigned char*>(job.scale + column));
+}
+
+// x of the warp's columns to shared memory, of one row in 32 bits or more.
+AS_DEVICE void copy_inputs(const Planes& p, const PlaneShare& share, const PlaneRoom& room, const PlaneWarp& own) {
+  const int lane = threadIdx.x & 31, first = 4 * (share.from - share.tile * p.quads), each = p.input.value ? 4 : 2;
+#pragma unroll 1
+  for (int to = own.begin + each * lane; to < own.end; to += 32 * each) {
+    int at = first + to;
+    while (at >= p.input.size) at -= p.input.size;
+    if (p.input.value) {
+      copy_async(reinterpret_cast<float*>(room.x) + to, p.input.value + at);
+    } else {
+      copy_async(room.x + to, p.input.sum + at);
+      if (p.input.second) copy_async(room.second + to, p.input.second + at);
+    }
+  }
+  close_copies();
+}
+
+AS_DEVICE float activated(int code, float v) {
+  if (code == 5) return v;
+  return code == 0 ? v / (1.0f + expf(-v)) : activate(code, v);
+}
+
+// x of a block's column `to`, which is column `at` of the matrix.
+AS_DEVICE float plane_input(const Planes& p, const PlaneRoom& room, int b, int to, int at) {
+  const PlaneInput& in = p.input;
+  if (B > 1 || in.x) {
+    float v, unused;
+    widen2(b < p.rows ? in.x[(i64)b * in.size + at] : 0, v, unused);
+    return v;
+  }
+  if (in.value) return reinterpret_cast<const float*>(room.x)[to];
+  float v = activated(in.activation, from_sum(room.x[to]));
+  if (in.second) v *= activated(in.second_activation, from_sum(room.second[to]));
+  return v;
+}
+
+// How deep the warp's columns are read, the largest of their factors, and their list: a segment's entries in whole eights, of
+// every 32 columns plane by plane.  A loop rather than rounds side by side, and constants in shared memory: instructions that
+// are met once take four cycles each.
+AS_DEVICE void list_entries(const Planes& p, const PlaneShare& share, const PlaneRoom& room, const PlaneWarp& own, float rms) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, columns = 4 * p.share;
+  const u32 before = (1u << lane) - 1u;
+  float* const factors = reinterpret_cast<float*>(room.factor);
+  int* const bound = room.bound + warp * (p.segments + 1);
+  int to = warp * room.own;
+  u32 largest[B];           // as bits, so that what is no number is larger than any
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int factor = to_integer((e == 0 ? found.x : e == 1 ? found.y : e == 2 ? found.z : found.w) * inverse[b]);
+  for (int b = 0; b < B; ++b) largest[b] = 0;
+#pragma unroll 1
+  for (int s = 0; s < share.segments; ++s) {
+    if (lane == 0) bound[s] = to;
+    const int begin = share.begin_of(s, p.quads), next = s + 1 < share.segments ? share.begin_of(s + 1, p.quads) : own.end;
+    const int low = begin < own.begin ? own.begin : begin, high = next < own.end ? next : own.end, first = to;
+    if (low >= high) continue;
+    const PlaneJob& job = p.job[job_of(p, share.tile + s)];
+    const int shift = s ? -begin : 4 * (share.from - share.tile * p.quads);
+#pragma unroll 1
+    for (int base = low; base < high; base += 32) {
+      const int local = base + lane < high ? base + lane : low;
+      const float scale = as_float((u32)room.scale[local] << 16), center = room.center[local];
+      const float norm = B == 1 && p.input.norm ? rms * room.norm[local] : 1.0f;
+      float threshold[MOST_PLANES], factor[B];
 #pragma unroll
-      for (int k = 0; k < MOST_PLANES; ++k)
-        if (k < quad.level[e]) {
-          if (b == 0) runs[k] = (u16)((first + e) * p.planes + k);
-          const int rounded = k ? (factor + (1 << 2 * k >> 1)) >> 2 * k : factor;
-          factors[k] = B == 1 || k < (int)(packed >> 8 * e & 255u) ? rounded : 0;
+      for (int k = 0; k < MOST_PLANES; ++k) threshold[k] = k < p.planes ? room.threshold[k * columns + local] : 0.0f;
+      int deepest = 0;
+      u32 levels = 0;       // of the rows, four bits each
+#pragma unroll
+      for (int b = 0; b < B; ++b) {
+        const float deviation = plane_input(p, room, b, local, local + shift) * norm - center;
+        int level = 0;
+        float gain = 0.0f;
+#pragma unroll
+        for (int k = 0; k < MOST_PLANES; ++k)
+          if (k < p.planes && !(absolute(deviation) < threshold[k])) level = k + 1, gain = job.gain[k];
+        if (base + lane >= high || b >= p.rows) level = 0;
+        factor[b] = deviation * scale * gain;
+        deepest = level > deepest ? level : deepest;
+        levels |= (u32)level << 4 * b;
+        const u32 bits = as_bits(factor[b]) & 0x7fffffffu;
+        if (level && bits > largest[b]) largest[b] = bits;
+      }
+#pragma unroll
+      for (int k = 0; k < MOST_PLANES; ++k) {
+        if (k >= p.planes) break;
+        const u32 read = __ballot_sync(0xffffffffu, deepest > k);
+        if (deepest > k) {
+          const int at = to + __popc(read & before);
+          room.run[at] = (u16)(local * p.planes + k);
+#pragma unroll
+          for (int b = 0; b < B; ++b)
+            factors[b * room.entries + at] =
+                B == 1 || k < (int)(levels >> 4 * b & 15u) ? factor[b] * (1.0f / (float)(1 << 2 * k)) : 0.0f;
         }
-      runs += quad.level[e], factors += quad.level[e];
-    }
-  }
-}
-
-struct PlaneCounts {
-  int of[COUNTS];
-
-  AS_MEMBER int before(int number) const {
-    int sum = 0;
-#pragma unroll
-    for (int w = 0; w < COUNTS; ++w) sum += w < number ? of[w] : 0;
-    return sum;
-  }
-};
-
-// Who is read, and how deep: lists in shared memory, a segment's in whole eights.
-AS_DEVICE void list_entries(const Planes& p, const PlaneShare& share, const PlaneRoom& room, PlaneQuad (&quad)[ROUNDS],
-                            float rms) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  bool some[ROUNDS];        // of the warp's quads are columns
-#pragma unroll
-  for (int r = 0; r < ROUNDS; ++r) {
-    some[r] = share.from + r * PLANE_THREADS + 32 * warp < share.end;
-    quad[r].level[0] = quad[r].level[1] = quad[r].level[2] = quad[r].level[3] = quad[r].upto = 0;
-    if (some[r]) {
-      choose_levels(p, plane_job_of(p, quad[r].tile), room, r, rms, quad[r]);
-    } else if (lane < B) {
-      room.most[lane * COUNTS + r * PLANE_WARPS + warp] = 0u;
-      room.count[r * PLANE_WARPS + warp] = 0;
-    }
-    if (quad[r].inside && quad[r].column == 0)
-      room.before[quad[r].tile - share.tile] =
-          quad[r].upto - (quad[r].level[0] + quad[r].level[1] + quad[r].level[2] + quad[r].level[3]);
-  }
-  __syncthreads();
-  if (!some[0]) return;
-  PlaneCounts counts;
-#pragma unroll
-  for (int w = 0; w < COUNTS; w += 4) {
-    const int4 four = *reinterpret_cast<const int4*>(room.count + w);
-    counts.of[w] = four.x, counts.of[w + 1] = four.y, counts.of[w + 2] = four.z, counts.of[w + 3] = four.w;
-  }
-  // Entries before the first of a segment; the last one's end is that of all.
-  auto begin_of = [&](int s) {
-    if (s == share.segments) return counts.before(COUNTS);
-    return s ? counts.before(share.begin_of(s, p.quads) >> 5) + room.before[s] : 0;
-  };
-  if (threadIdx.x < 8) {
-    int at = 0;
-#pragma unroll 1
-    for (int s = 0, previous = 0; s < share.segments; ++s) {
-      if (threadIdx.x == 0) room.bound[s] = at;
-      const int next = begin_of(s + 1), count = next - previous, fill = at + count + (int)threadIdx.x;
-      at += (count + 7) & ~7;
-      previous = next;
-      if (fill < at) {
-        room.run[fill] = (u16)(4 * share.begin_of(s, p.quads) * p.planes);
-        for (int b = 0; b < B; ++b) room.factor[b * room.entries + fill] = 0;
+        to += __popc(read);
       }
     }
-    if (threadIdx.x == 0) room.bound[share.segments] = at;
+    const int fill = (first - to) & 7;
+    if (lane < fill) {
+      room.run[to + lane] = (u16)(low * p.planes);
+      for (int b = 0; b < B; ++b) factors[b * room.entries + to + lane] = 0.0f;
+    }
+    to += fill;
   }
-  float inverse[B];
+  if (lane == 0) bound[share.segments] = to;
 #pragma unroll
+  for (int b = 0; b < B; ++b) {
+    const u32 most = __reduce_max_sync(0xffffffffu, largest[b]);
+    if (lane == 0) room.most[b * PLANE_WARPS + warp] = most;
+  }
+  __syncwarp();
+}
+
+// The warp's factors to integers, relative to the block's largest, once all warps have chosen.
+AS_DEVICE void round_factors(const PlaneShare& share, const Planes& p, const PlaneRoom& room) {
+  const int warp = threadIdx.x >> 5, begin = warp * room.own, end = room.bound[warp * (p.segments + 1) + share.segments];
+#pragma unroll 1
   for (int b = 0; b < B; ++b) {
     u32 largest = 0;
 #pragma unroll
-    for (int w = 0; w < COUNTS; w += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(room.most + b * COUNTS + w);
-      const u32 two = four.x > four.y ? four.x : four.y, other = four.z > four.w ? four.z : four.w;
-      const u32 here = two > other ? two : other;
+    for (int w = 0; w < PLANE_WARPS; ++w) {
+      const u32 here = room.most[b * PLANE_WARPS + w];
       largest = here > largest ? here : largest;
     }
     const bool number = largest < 0x7f800000u;
-    const float top = fmaxf(LEAST_TOP, as_float(largest));
-    inverse[b] = number ? MOST_FACTOR / top : 0.0f;
+    const float top = fmaxf(LEAST_TOP, as_float(largest)), inverse = number ? MOST_FACTOR / top : 0.0f;
     // Coefficients are factor x mantissa / 2^16, sums twice theirs.
     if (threadIdx.x == 0) room.unit[b] = number ? top / MOST_FACTOR * (65536.0f / 4.0f / 255.0f) : as_float(0x7fc00000u);
-  }
-#pragma unroll
-  for (int r = 0; r < ROUNDS; ++r) {
-    if (!some[r]) break;
-    const int segment = quad[r].tile - share.tile;
-    int to = counts.before(r * PLANE_WARPS + warp) + quad[r].upto -
-             (quad[r].level[0] + quad[r].level[1] + quad[r].level[2] + quad[r].level[3]);
+    int* const factor = room.factor + b * room.entries;
 #pragma unroll 1
-    for (int s = 0, previous = 0; s < segment; ++s) {  // what fills earlier segments up
-      const int next = begin_of(s + 1);
-      to += (previous - next) & 7;
-      previous = next;
-    }
-    if (quad[r].inside) write_entries(p, room, r, quad[r], inverse, to);
+    for (int at = begin + ((int)threadIdx.x & 31); at < end; at += 32)
+      factor[at] = to_integer(reinterpret_cast<const float*>(factor)[at] * inverse);
   }
 }

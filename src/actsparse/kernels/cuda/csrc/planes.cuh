@@ -91,19 +91,55 @@ struct PlaneWords {
   }
 };
 
-// Results of all of the block's entries, in the block's shared memory: warps take eights of them in turn.  Codes are loaded
-// into registers, well ahead: asynchronous copies into shared memory reach two thirds of the bandwidth here.
-AS_DEVICE void multiply_share(const Planes& p, const PlaneShare& share, const PlaneRoom& room) {
-  constexpr int TEAMS = PLANE_WARPS * HALVES / 2, STRIDE = 8 * TEAMS;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = HALVES == 2 ? 0 : warp & 1;
+AS_DEVICE void load_ahead(const unsigned char* codes, const u16* run, int at, int end, PlaneWords (&words)[STAGES]) {
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s)
+    if (at + 8 * s < end) words[s].load(codes, run + at + 8 * s);
+}
+
+// Products of a lane's entries of a list; the first eights have been loaded.  Codes come into registers, well ahead:
+// asynchronous copies into shared memory reach two thirds of the bandwidth here.
+AS_DEVICE void multiply_list(const Planes& p, const PlaneRoom& room, const unsigned char* codes, int half, int at, int end,
+                             PlaneWords (&words)[STAGES], PlaneSums& sums) {
+  const int lane = threadIdx.x & 31;
   const unsigned char* const mantissas = room.mantissa + (lane >> 3) * 2 + half;
   const PlaneLane constants = plane_lane(lane);
-  int at = 8 * (HALVES == 2 ? warp : warp >> 1) + (lane & 3);  // this lane's entries are this one and the fourth from it
+  while (at < end) {
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) {
+      if (at >= end) break;
+      u32 word[2][HALVES][2], mantissa[2][HALVES];
+      int factor[B][2];
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const unsigned char* const of = mantissas + high_product(room.run[at + 4 * q], p.inverse) * 8;
+#if AS_ROWS <= 2
+        const u32 pair = *reinterpret_cast<const u16*>(of);
+        mantissa[q][0] = pair & 255u, mantissa[q][1] = pair >> 8;
+        word[q][0][0] = words[s].of[q].x, word[q][0][1] = words[s].of[q].y;
+        word[q][1][0] = words[s].of[q].z, word[q][1][1] = words[s].of[q].w;
+#else
+        mantissa[q][0] = *of;
+        word[q][0][0] = words[s].of[q].x, word[q][0][1] = words[s].of[q].y;
+#endif
+#pragma unroll
+        for (int b = 0; b < B; ++b) factor[b][q] = room.factor[b * room.entries + at + 4 * q];
+      }
+      multiply_entries(word, mantissa, factor, constants, sums);
+      if (at + 8 * STAGES < end) words[s].load(codes, room.run + at + 8 * STAGES);
+      at += 8;
+    }
+  }
+}
+
+// From the warps' lists to the block's results, in shared memory; `ahead` is the segment whose first codes are under way.
+AS_DEVICE void multiply_share(const Planes& p, const PlaneShare& share, const PlaneRoom& room, int ahead,
+                              PlaneWords (&words)[STAGES]) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = HALVES == 2 ? 0 : warp & 1;
 #pragma unroll 1
   for (int segment = 0; segment < share.segments; ++segment) {
-    const int end = room.bound[segment + 1];
-    if (at >= end) continue;
     const unsigned char* const codes = room.base[segment] + (lane >> 2) * 16 + half * 8;
+    bool some = false;
     PlaneSums sums;
 #pragma unroll
     for (int b = 0; b < B; ++b)
@@ -113,164 +149,162 @@ AS_DEVICE void multiply_share(const Planes& p, const PlaneShare& share, const Pl
 #pragma unroll
         for (int e = 0; e < 16; ++e) sums.of[b][h][e / 4][e % 4] = 0;
       }
-    PlaneWords words[STAGES];
-#pragma unroll
-    for (int s = 0; s < STAGES; ++s)
-      if (at + s * STRIDE < end) words[s].load(codes, room.run + at + s * STRIDE);
-    while (at < end) {
-#pragma unroll
-      for (int s = 0; s < STAGES; ++s) {
-        if (at >= end) break;
-        u32 word[2][HALVES][2], mantissa[2][HALVES];
-        int factor[B][2];
-#pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          const unsigned char* const of = mantissas + high_product(room.run[at + 4 * q], p.inverse) * 8;
-#if AS_ROWS <= 2
-          const u32 pair = *reinterpret_cast<const u16*>(of);
-          mantissa[q][0] = pair & 255u, mantissa[q][1] = pair >> 8;
-          word[q][0][0] = words[s].of[q].x, word[q][0][1] = words[s].of[q].y;
-          word[q][1][0] = words[s].of[q].z, word[q][1][1] = words[s].of[q].w;
-#else
-          mantissa[q][0] = *of;
-          word[q][0][0] = words[s].of[q].x, word[q][0][1] = words[s].of[q].y;
-#endif
-#pragma unroll
-          for (int b = 0; b < B; ++b) factor[b][q] = room.factor[b * room.entries + at + 4 * q];
-        }
-        multiply_entries(word, mantissa, factor, constants, sums);
-        if (at + STAGES * STRIDE < end) words[s].load(codes, room.run + at + STAGES * STRIDE);
-        at += STRIDE;
-      }
+#pragma unroll 1
+    for (int l = 0; l < LISTS; ++l) {
+      const int* const bound = room.bound + (warp ^ l) * (p.segments + 1) + segment;
+      const int at = bound[0] + (lane & 3), end = bound[1];  // the lane's entries are this one and the fourth from it
+      if (at >= end) continue;
+      if (l || segment != ahead) load_ahead(codes, room.run, at, end, words);
+      multiply_list(p, room, codes, half, at, end, words, sums);
+      some = true;
     }
-    add_sums(sums, half, room.result + segment * B * PLANE_TILE);
+    if (some) add_sums(sums, half, room.result + segment * B * PLANE_TILE);
   }
 }
 
-// What an output is added to.
-AS_DEVICE float base_of(const PlaneJob& job, int b, int output) {
-  const bool inside = output < job.out;
-  const float start = inside && job.start ? job.start[output] : 0.0f;
-  const float residual = inside && job.residual ? job.residual[(i64)b * job.out + output] : 0.0f;
-  return start + residual;
-}
-
-AS_DEVICE void store_plane(const PlaneJob& job, int b, int output, float y) {
-  if (output >= job.out) return;
+AS_DEVICE void store_plane(const PlaneJob& job, i64 at, float y) {
   if (job.y)
-    job.y[(i64)b * job.out + output] = y;
+    job.y[at] = y;
   else
-    job.rounded[(i64)b * job.out + output] = narrow(y);
+    job.rounded[at] = narrow(y);
 }
 
 AS_KERNEL(PLANE_THREADS, B == 1 ? 2 : 1) planes_kernel(AS_PARAMETER Planes p) {
   AS_SHARED;
-  const int block = blockIdx.x;
+  const int block = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   if (block >= p.blocks) {
     wait_for_previous();
     return linger();
   }
   const PlaneRoom room = plane_room(p, shared);
   const int from = block * p.even + (block < p.longer ? block : p.longer), end = from + p.even + (block < p.longer);
-  const int tile = from / p.quads, size = p.input.size;
+  const int tile = from / p.quads;
   const PlaneShare share{from, end, tile, (end - 1) / p.quads - tile + 1};
-  PlaneQuad quad[ROUNDS];
-#pragma unroll
-  for (int r = 0; r < ROUNDS; ++r) {
-    const int local = r * PLANE_THREADS + (int)threadIdx.x, at = from + local;
-    quad[r].inside = at < end;
-    quad[r].tile = quad[r].inside ? at / p.quads : tile;
-    quad[r].column = 4 * (at - quad[r].tile * p.quads);
-    if (!quad[r].inside) continue;
-    const PlaneJob& job = plane_job_of(p, quad[r].tile);
-    const i64 record = (i64)(quad[r].tile - job.begin) * size + quad[r].column;
-    const uint4* const mantissa = reinterpret_cast<const uint4*>(job.mantissa + record * 8);
-    const uint4 first = mantissa[0], second = mantissa[1];
-    quad[r].constants = constants_of(p, job, quad[r].column);
-    reinterpret_cast<uint4*>(room.mantissa)[2 * local] = first;
-    reinterpret_cast<uint4*>(room.mantissa)[2 * local + 1] = second;
-  }
-  if ((int)threadIdx.x < share.segments) {
-    const int number = tile + (int)threadIdx.x, first = block_of(p, number * p.quads);
-    const PlaneJob& here = plane_job_of(p, number);
-    room.base[threadIdx.x] = here.codes + ((i64)from - (i64)here.begin * p.quads) * 4 * p.planes * RUN;
-    room.first[threadIdx.x] = first;
-    room.others[threadIdx.x] = block_of(p, (number + 1) * p.quads - 1) - first;
-  }
-  for (int i = threadIdx.x; i < share.segments * B * PLANE_TILE; i += PLANE_THREADS) room.result[i] = 0;
-  wait_for_previous();
-  const float rms = p.input.norm ? rms_of(p.input, reinterpret_cast<float*>(room.most)) : 1.0f;
-  list_entries(p, share, room, quad, rms);
-  __syncthreads();
-  multiply_share(p, share, room);
-  __syncthreads();
-
-  const int stride = p.rows * PLANE_TILE;  // of parts
-  bool alone = true;
+  const PlaneWarp own{4 * share_of(end - from, warp, PLANE_WARPS), 4 * share_of(end - from, warp + 1, PLANE_WARPS)};
 #pragma unroll 1
   for (int s = 0; s < share.segments; ++s) {
-    const int here = tile + s, others = room.others[s];
-    const PlaneJob& to = plane_job_of(p, here);
-    alone &= others == 0;
+    const int number = tile + s, quad = s ? number * p.quads : from, next = (number + 1) * p.quads;
+    const PlaneJob& job = p.job[job_of(p, number)];
+    const int first = block_of(p, number * p.quads), outputs = job.out - (number - job.begin) * PLANE_TILE;
+    const int count = (next < end ? next : end) - quad;
+    if (threadIdx.x == 0) {
+      room.base[s] = job.codes + 4 * ((i64)from - (i64)job.begin * p.quads) * p.planes * RUN;
+      room.others[s] = block_of(p, next - 1) - first;
+    }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < stride; i += PLANE_THREADS) {
-      const int b = i / PLANE_TILE, at = i % PLANE_TILE, output = (here - to.begin) * PLANE_TILE + at;
-      const float y = room.unit[b] * (float)room.result[(s * B + b) * PLANE_TILE + place_of_result(at)];
-      if (others)
-        p.parts[(i64)(block + here) * stride + i] = y;
-      else
-        store_plane(to, b, output, base_of(to, b, output) + y);
+    for (int i = threadIdx.x; i < count; i += PLANE_THREADS)
+      copy_constants(p, job, room, 4 * (quad - number * p.quads + i), number, 4 * (quad - from + i));
+    for (int i = threadIdx.x; i < PLANE_TILE; i += PLANE_THREADS)
+      room.start[s * PLANE_TILE + i] =
+          job.start && first == block && i < outputs ? job.start[(number - job.begin) * PLANE_TILE + i] : 0.0f;
+  }
+  close_copies();
+  for (int i = threadIdx.x; i < share.segments * B * PLANE_TILE; i += PLANE_THREADS) room.result[i] = 0;
+  wait_for_copies<0>();
+  __syncthreads();
+  wait_for_previous();
+  float rms = 1.0f;
+  if (B == 1 && !p.input.x) {
+    const bool normed = p.input.norm != nullptr;
+    Squares squares;
+    if (normed) squares = load_squares(p.input.squares);
+    copy_inputs(p, share, room, own);
+    if (normed) rms = rms_of(squares, p.input.size, p.input.eps);
+    wait_for_copies<0>();
+    __syncwarp();
+  }
+  list_entries(p, share, room, own, rms);
+
+  // The first codes are asked for before the others have chosen.
+  const int* const bound = room.bound + warp * (p.segments + 1);
+  PlaneWords words[STAGES];
+  int ahead = 0;
+  while (ahead < share.segments && bound[ahead + 1] == bound[ahead]) ++ahead;
+  if (ahead < share.segments)
+    load_ahead(room.base[ahead] + (lane >> 2) * 16 + (HALVES == 2 ? 0 : warp & 1) * 8, room.run, bound[ahead] + (lane & 3),
+               bound[ahead + 1], words);
+  for (int i = 2 * (block * PLANE_THREADS + (int)threadIdx.x); i < p.cleared; i += 2 * p.blocks * PLANE_THREADS)
+    *reinterpret_cast<SumPair*>(p.clear + i) = SumPair{0, 0};
+  __syncthreads();
+  round_factors(share, p, room);
+  if (LISTS == 1)
+    __syncwarp();
+  else
+    __syncthreads();
+  multiply_share(p, share, room, ahead, words);
+  __syncthreads();
+
+  bool waits = false, broken = false;  // for others' parts; squares that are too large
+  SumPair squares{0, 0};
+#pragma unroll 1
+  for (int s = 0; s < share.segments; ++s) {
+    const PlaneJob& to = p.job[job_of(p, tile + s)];
+    const int first = (tile + s - to.begin) * PLANE_TILE;
+    const bool received = to.y || to.rounded, direct = received && !to.kept && room.others[s] == 0;
+    waits |= received && !direct;
+#pragma unroll 1
+    for (int b = 0; b < p.rows; ++b) {
+      constexpr int EACH = PLANE_TILE / PLANE_THREADS;
+      i64 before[EACH], steps[EACH];  // all additions under way together
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const int at = i * PLANE_THREADS + (int)threadIdx.x;
+        const i64 place = (i64)b * to.out + first + at;
+        const float y = room.unit[b] * (float)room.result[(s * B + b) * PLANE_TILE + place_of_result(at)] +
+                        room.start[s * PLANE_TILE + at];
+        const bool inside = first + at < to.out;
+        before[i] = steps[i] = 0;
+        if (!p.squares) {
+          if (inside && direct) store_plane(to, place, y);
+          if (inside && !direct) add_part(to.sum + place, y);
+        } else if (inside && absolute(y) < MOST_PART) {
+          steps[i] = to_steps(y * SUM_STEPS);
+          before[i] = add_and_get(to.sum + place, steps[i]);
+        } else if (inside) {
+          put_steps(to.sum + place, BROKEN_SUM);
+          broken = true;
+        }
+      }
+      if (!p.squares) continue;
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const i64 after = before[i] + steps[i];
+        broken |= !has_square(before[i]) || !has_square(after);
+        grow(squares, square_of(after), square_of(before[i]));
+      }
     }
   }
-  if (alone) return;
+  if (p.squares) {
+    squares = warp_total(squares);
+    i64* const place = p.squares + 2 * ((block * PLANE_WARPS + warp) % SQUARE_PLACES);
+    if (lane < 2) add_steps(place + lane, lane ? squares.high : squares.low);
+    if (broken) put_steps(p.squares + 2 * SQUARE_PLACES, 1);
+  }
+  if (!waits) return;
   __syncthreads();
   if ((int)threadIdx.x < share.segments) {
+    const PlaneJob& to = p.job[job_of(p, tile + threadIdx.x)];
     const int others = room.others[threadIdx.x];
     int last = 0;
-    if (others) {
+    if ((to.y || to.rounded) && (to.kept || others)) {
       last = (int)arrive(p.arrived + tile + threadIdx.x) == others;
       if (last) p.arrived[tile + threadIdx.x] = 0u;
     }
     room.last[threadIdx.x] = last;
   }
   __syncthreads();
-  // One thread adds every second part of four outputs, all of them under way together.
-  constexpr int QUADS = PLANE_TILE / 4, WAYS = PLANE_THREADS / QUADS, TOGETHER = 10;
-  float4* const sums = room.found;
-  const int place = threadIdx.x % QUADS, way = threadIdx.x / QUADS;
 #pragma unroll 1
   for (int s = 0; s < share.segments; ++s) {
     if (!room.last[s]) continue;
-    const int here = tile + s, first = room.first[s], count = room.others[s] + 1;
-    const PlaneJob& to = plane_job_of(p, here);
-#pragma unroll 1
-    for (int b = 0; b < p.rows; ++b) {
-      const float* const parts = p.parts + (i64)(first + here) * stride + b * PLANE_TILE + 4 * place;
-      const int output = (here - to.begin) * PLANE_TILE + threadIdx.x;
-      float base[PLANE_TILE / PLANE_THREADS];  // start and residual of what this thread will store
-#pragma unroll
-      for (int i = 0; i < PLANE_TILE / PLANE_THREADS; ++i) base[i] = base_of(to, b, output + i * PLANE_THREADS);
-      float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 1
-      for (int k = way; k < count; k += WAYS * TOGETHER) {
-        float4 part[TOGETHER];
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i)
-          part[i] = k + i * WAYS < count ? load_fresh(parts + (i64)(k + i * WAYS) * stride) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) v.x += part[i].x, v.y += part[i].y, v.z += part[i].z, v.w += part[i].w;
-      }
-      __syncthreads();
-      sums[threadIdx.x] = v;
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < PLANE_TILE / PLANE_THREADS; ++i) {
-        const int at = threadIdx.x + i * PLANE_THREADS;
-        float y = base[i];
-#pragma unroll
-        for (int w = 0; w < WAYS; ++w) y += reinterpret_cast<const float*>(sums + w * QUADS)[at];
-        store_plane(to, b, output + i * PLANE_THREADS, y);
-      }
+    const PlaneJob& to = p.job[job_of(p, tile + s)];
+    const int first = (tile + s - to.begin) * PLANE_TILE;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < p.rows * PLANE_TILE; i += PLANE_THREADS) {
+      const int at = first + i % PLANE_TILE;
+      const i64 place = (i64)(i / PLANE_TILE) * to.out + at;
+      if (at >= to.out) continue;
+      store_plane(to, place, from_sum(load_sum(to.sum + place)));
+      if (!to.kept) to.sum[place] = 0;
     }
   }
 }
