@@ -61,7 +61,7 @@ def test_codes_are_rounded_for_what_the_forecast_reads(
 
         with monkeypatch.context() as patched:
             patched.setattr(engine._Run, "_do", note)
-            settings = engine.Settings(bits_read=bits)
+            settings = engine.Settings(6, bits)
             engine.pack_opened(model, tokenizer, windows, tmp_path / f"{bits:g}", settings)
         deep = torch.cat([shares[3] for many in seen.values() for shares in many]).mean()
         # Half of what is fed back is every plane's error.

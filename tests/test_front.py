@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from actsparse.calibration.pack import Settings, pack_opened
 from actsparse.calibration.rounded import rounded_copy
 from actsparse.measure import report, table
 from actsparse.measure.compare import compare
 from actsparse.measure.evaluate import compare_perplexity
 from actsparse.measure.grid import Grid, variant_of, weights_of
 from actsparse.measure.results import Results
+from actsparse.measure.stored import StoredModels
 from actsparse.methods.base import MethodError
 from actsparse.models import text
 from actsparse.plan import Plan
@@ -48,6 +50,7 @@ def test_cells_on_packed_weights(tiny: Any, tokenizer: Any, grid: Grid, tmp_path
     assert bits["gptq-g32-5"] == pytest.approx(5 + 21 / 32)
     assert bits["teal@4-0.3"] == pytest.approx(bits["plain-4"] * bits["teal-0.3"] / 32, rel=0.05)
     assert bits["graded-4"] == pytest.approx(4, abs=0.3)
+    assert cells["graded-4"]["bits_stored"] > 8
     assert bits["cats-0.3"] / 32 < bits["cats@8-0.3"] / bits["plain-8"] < 1  # up is read whole
     assert abs(cells["plain-8"]["relative_increase"]) < abs(cells["plain-4"]["relative_increase"])
     assert abs(cells["gptq-8"]["relative_increase"]) < abs(cells["gptq-3"]["relative_increase"])
@@ -75,7 +78,7 @@ def test_cells_on_packed_weights(tiny: Any, tokenizer: Any, grid: Grid, tmp_path
     assert "Bits read are per weight" in found
 
 
-def test_packed_weights_are_made_once(tiny: Any, tokenizer: Any, grid: Grid, tmp_path: Path, monkeypatch: Any) -> None:
+def test_packed_weights_are_made_once(tiny: Any, tokenizer: Any, grid: Grid, tmp_path: Path) -> None:
     model = tiny("llama")
     small = Grid(**{**vars(grid), "methods": ("plain",), "weights": (4,)})
     compare(model, tokenizer, small, tmp_path)
@@ -84,6 +87,18 @@ def test_packed_weights_are_made_once(tiny: Any, tokenizer: Any, grid: Grid, tmp
     results = compare(model, tokenizer, more, tmp_path)
     assert [cell["cell"] for cell in results.cells] == ["dense", "plain-4", "teal@4-0.3"]
     assert (tmp_path / "weights" / "plain-4" / "config.json").stat().st_mtime_ns == made
+
+
+def test_weights_that_store_other_bits_are_made_anew(
+    tiny: Any, tokenizer: Any, text_file: Path, tmp_path: Path
+) -> None:
+    model = tiny("llama", hidden_size=128, intermediate_size=192, head_dim=32, num_attention_heads=4)
+    windows = text.load_windows(str(text_file), tokenizer, tokens=512, window=64)
+    first = pack_opened(model, tokenizer, windows, tmp_path / "graded-4", Settings(6, 4.0))
+    stored = StoredModels(model, tokenizer, windows, first, tmp_path)
+    plan = stored.open("graded-4").plan
+    assert plan is not None
+    assert (first.settings["bits_stored"], plan.settings["bits_stored"]) == (6, 8)
 
 
 def test_rounding_rows_with_feedback_beats_the_nearest(tiny: Any, tokenizer: Any, text_file: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from actsparse.calibration import pack as engine
 from actsparse.calibration.pack import Settings, pack
+from actsparse.calibration.presets import QUALITIES, stored_for
 from actsparse.cli import main
 from actsparse.kernels import planes
 from actsparse.measure.evaluate import scorer
@@ -205,6 +206,29 @@ def test_a_budget_of_perplexity_is_met_beside_the_dense_model(
     assert not (tmp_path / "none").exists()
     assert main(["pack", dense, "-o", str(tmp_path / "none"), "--max-ppl-increase", "-0.5", *options]) == 2
     assert "perplexity increase is -0.5, expected 0 or more" in capsys.readouterr().err
+
+
+def test_where_much_is_read_more_is_stored(directory: Path, text_file: Path, tmp_path: Path) -> None:
+    assert [stored_for(bits) for bits in (1.0, 3.9, 4.0, 8.1, None)] == [6, 6, 8, 8, 6]
+    assert {name: stored_for(bits) for name, bits in QUALITIES.items()} == {
+        "near-lossless": 8,
+        "balanced": 6,
+        "fast": 6,
+    }
+    assert (Settings(bits_read=4.0).stored, Settings(6, 4.0).stored) == (8, 6)
+    Settings(bits_read=7.5).check()
+    with pytest.raises(MethodError, match="bits read is 7.5"):
+        Settings(6, 7.5).check()
+    options = ["--text", str(text_file), "--tokens", "512", "--quality", "near-lossless"]
+    for more, stored in (([], 8), (["--bits-stored", "6"], 6)):
+        path = tmp_path / str(stored)
+        assert main(["pack", str(directory), "-o", str(path), *options, *more]) == 0
+        assert json.loads((path / "config.json").read_text())["quantization_config"]["bits_stored"] == stored
+        state = state_of(open_model(str(path)))
+        assert state is not None
+        assert state.plan.settings["bits_stored"] == stored
+        assert state.plan.settings["bits_read"] == pytest.approx(4)
+        assert len(state.plan.rules["layers.0.up.level_threshold"]) == stored // 2
 
 
 def test_codes_of_another_model_are_refused(

@@ -29,6 +29,7 @@ from actsparse.calibration.activity import Activity, Progress, activities, withi
 from actsparse.calibration.budget import Budget, Score, search
 from actsparse.calibration.collect import load_calibration_windows
 from actsparse.calibration.forecast import forecast_theta, forecast_tokens, kept_theta
+from actsparse.calibration.presets import QUALITIES, default_tokens, stored_for
 from actsparse.kernels.planes import STORED
 from actsparse.methods.base import HEAD, MethodError
 from actsparse.methods.feedback import energy_shares, round_with_feedback
@@ -54,10 +55,6 @@ from actsparse.runtime import saving
 from actsparse.runtime.lowmemory import mapped_weights, open_mapped
 from actsparse.runtime.packed import digest_of, open_packed, tensors_of
 
-# What the presets read, in bits per weight (docs/graded.md says what each costs).
-QUALITIES = {"near-lossless": 4.0, "balanced": 3.0, "fast": 2.5}
-# Work that calibration may take unless told otherwise, in multiplications; and the tokens that this buys at least and at most.
-_WORK, _LEAST_TOKENS, _MOST_TOKENS = 1.5e13, 2048, 16384
 WINDOW = 512
 DEFAULT_TEXT = Path(__file__).parent / "default.jsonl"
 # What error feedback makes good is a mixture of the error as read and of the error of every plane. The first alone serves
@@ -79,28 +76,33 @@ class Settings:
     """How to pack.
 
     Attributes:
-        bits_stored: 4, 6 or 8.
+        bits_stored: 4, 6 or 8; None for what :func:`.presets.stored_for` gives.
         bits_read: bits read per weight of the decoder layers' matrices, scales included; None for every plane, always: plain
             quantisation, which other methods' thresholds may be put on.
         max_ppl_increase: find the fewest bits that cost at most this relative increase of perplexity on the calibration text
             (0.01 for 1 %); ``bits_read`` is then what codes are rounded for.
         text: calibration text; None for the one that comes with the package.
         tokens: how many of its tokens; None for what some minutes of two cores allow, 2,048 to 16,384 (see
-            :func:`default_tokens`).
+            :func:`.presets.default_tokens`).
     """
 
-    bits_stored: int = 6
+    bits_stored: int | None = None
     bits_read: float | None = QUALITIES["balanced"]
     max_ppl_increase: float | None = None
     text: str | None = None
     tokens: int | None = None
 
+    @property
+    def stored(self) -> int:
+        """Bits of a code."""
+        return stored_for(self.bits_read) if self.bits_stored is None else self.bits_stored
+
     def check(self) -> None:
         """MethodError for values out of range."""
-        if self.bits_stored not in STORED:
-            raise MethodError(f"bits stored is {self.bits_stored}, expected 4, 6 or 8")
+        if self.stored not in STORED:
+            raise MethodError(f"bits stored is {self.stored}, expected 4, 6 or 8")
         if self.bits_read is not None:
-            check_bits(self.bits_read, self.bits_stored)
+            check_bits(self.bits_read, self.stored)
         if self.max_ppl_increase is not None:
             Budget(max_ppl_increase=self.max_ppl_increase)
 
@@ -181,14 +183,6 @@ def pack_opened(
     return plan
 
 
-def default_tokens(parameters: int, device: str = "cpu") -> int:
-    """Calibration tokens for a model of so many parameters: small models need, and can afford, more; GPUs afford the most."""
-    if device == "cuda":
-        return _MOST_TOKENS
-    affordable = _WORK / (3 * parameters)  # two forward passes, and one backward that needs no gradients of weights
-    return int(min(_MOST_TOKENS, max(_LEAST_TOKENS, affordable)))
-
-
 def _open(name: str, device: torch.device) -> tuple[Any, Any, Path | None, Callable[[int], None]]:
     """Model, tokenizer, the directory they came from (None for a GGUF file), and what lets a layer's weights go.
 
@@ -225,7 +219,7 @@ class _Run:
 
     def expected_bytes(self) -> int:
         """About what the packed directory takes."""
-        return sum(p.numel() for p in self._model.parameters()) * (self._settings.bits_stored + 1) // 8
+        return sum(p.numel() for p in self._model.parameters()) * (self._settings.stored + 1) // 8
 
     def layers(self, release: Callable[[int], None], progress: Progress | None) -> dict[tuple[int, str], Reading]:
         """Every product's reading, rounding and writing the layers that are not done yet."""
@@ -262,7 +256,7 @@ class _Run:
             return None, progress
         whole, part = self._windows.count, tokens.numel()
         first = progress and within(progress, 0, part, whole + part)
-        known = partial(forecast_theta, self._model, tokens, self._settings.bits_stored, bits)
+        known = partial(forecast_theta, self._model, tokens, self._settings.stored, bits)
         theta = kept_theta(self._folder / _THETA, partial(known, done_with=release, progress=first))
         return theta, progress and within(progress, part, whole, whole + part)
 
@@ -304,7 +298,7 @@ class _Run:
             sparsity=sparsity,
             model=self.identity,
             rules={},
-            settings={"bits_stored": self._settings.bits_stored, "rounding": "feedback", "recipe": RECIPE, **facts},
+            settings={"bits_stored": self._settings.stored, "rounding": "feedback", "recipe": RECIPE, **facts},
             text=self._windows.describe(),
             scope=scope,
             version=importlib.metadata.version("actsparse"),
@@ -329,7 +323,7 @@ class _Run:
             size += file.stat().st_size
         saving.write_index(self._folder, files, size)
         about = {
-            "bits_stored": self._settings.bits_stored,
+            "bits_stored": self._settings.stored,
             "shards": len(self._layers) + 1,
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "digests": digests,
@@ -349,7 +343,7 @@ class _Run:
         """Round, write and remember one layer; the head's file also takes what is not packed."""
         tensors: dict[str, torch.Tensor] = {}
         state: dict[str, torch.Tensor] = {}
-        stored = self._settings.bits_stored
+        stored = self._settings.stored
         for names, x in by_input(activity.inputs):
             weights = [self._weight(activity.layer, name) for name in names]
             nearest = [round_nearest(weight, stored) for weight in weights]
@@ -442,7 +436,7 @@ class _Run:
         """What an unfinished run must share with this one to be continued."""
         settings = self._settings
         parts: Sequence[Any] = [
-            RECIPE, self.identity.fingerprint, self._windows.digest, settings.bits_stored, settings.bits_read,
+            RECIPE, self.identity.fingerprint, self._windows.digest, settings.stored, settings.bits_read,
             settings.max_ppl_increase, str(self._model.dtype), importlib.metadata.version("actsparse"),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest() + "\n"

@@ -21,12 +21,15 @@ ALL = "all"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    from actsparse.calibration.pack import QUALITIES
+    from actsparse.calibration.presets import DEEP, QUALITIES
 
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face model directory, a hub id or a GGUF file")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the directory to make")
     parser.add_argument(
-        "--bits-stored", type=int, choices=[4, 6, 8], default=6, help="bits stored of each weight (default: 6)"
+        "--bits-stored",
+        type=int,
+        choices=[4, 6, 8],
+        help=f"bits stored of each weight (default: 8 where {DEEP:g} or more are read, otherwise 6)",
     )
     read = parser.add_mutually_exclusive_group()
     read.add_argument(
@@ -58,7 +61,8 @@ def run(options: argparse.Namespace) -> None:
     """Pack and say what was made."""
     from pathlib import Path
 
-    from actsparse.calibration.pack import QUALITIES, Settings, pack
+    from actsparse.calibration.pack import Settings, pack
+    from actsparse.calibration.presets import QUALITIES
     from actsparse.measure import card, evaluate
 
     bits = QUALITIES[options.quality] if options.bits_read is None else options.bits_read
@@ -79,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     card.write(Path(options.output), plan, options.model, _measured(options))
     size = sum(file.stat().st_size for file in Path(options.output).iterdir())
     print(
-        f"wrote {options.output}: {size / 1e6:,.1f} MB, {options.bits_stored} bits stored, "
+        f"wrote {options.output}: {size / 1e6:,.1f} MB, {settings.stored} bits stored, "
         f"{plan.settings['bits_read']:.2f} bits read per weight on {plan.text['tokens']} tokens"
     )
     if options.max_ppl_increase is not None:

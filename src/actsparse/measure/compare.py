@@ -20,8 +20,9 @@ import torch
 
 from actsparse.calibration.allocation import allocate
 from actsparse.calibration.collect import Calibration, load_calibration_windows
+from actsparse.calibration.presets import stored_for
 from actsparse.measure import evaluate
-from actsparse.measure.grid import OWN_WEIGHTS, Grid, cell_name, variant_of, weights_of
+from actsparse.measure.grid import GRADED, OWN_WEIGHTS, Grid, cell_name, variant_of, weights_of
 from actsparse.measure.results import Results, check_folder, read, write
 from actsparse.measure.stored import StoredModels
 from actsparse.methods import Method, make
@@ -320,6 +321,8 @@ class _Run:
             [chosen.method, dict(chosen.settings), chosen.allocation, sparsity, weights_of(variant, sparsity)],
             self._grid.scope_of(variant),
         ]
+        if variant == GRADED:
+            parts.append(stored_for(sparsity))
         return _digest(parts)
 
     def _cell_key(self, variant: str, sparsity: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from actsparse.calibration.collect import check_sparsity
 from actsparse.calibration.pack import PLAIN
+from actsparse.calibration.presets import stored_for
 from actsparse.kernels.planes import STORED
 from actsparse.methods import METHODS, Method, MethodError, make
 from actsparse.methods.feedback import ROW_GROUP
@@ -21,7 +22,6 @@ from actsparse.plan import SCOPES, PlanError
 # Weights as they come.
 DENSE = 16
 GRADED = "graded"
-STORED_BITS = 6
 # Plain quantisation with row groups: inputs that share a scale, by variant, and the bits of a code that it is scored at.
 GPTQ = {"gptq": ROW_GROUP, "gptq-g32": 32, "gptq-g128": 128}
 GPTQ_BITS = (3, 4, 5, 6, 8)
@@ -112,7 +112,7 @@ class Grid:
             if bits not in (DENSE, *STORED):
                 raise MethodError(f"weights of {bits} bits were asked for, expected 16, 8, 6 or 4")
         for read in self.bits_read:
-            check_bits(read, STORED_BITS)
+            check_bits(read, stored_for(read))
         if self.scope not in SCOPES:
             raise PlanError(f"scope {self.scope!r} is unknown: expected one of {', '.join(SCOPES)}")
         for name in self.methods:

@@ -14,7 +14,7 @@ from typing import Any
 from actsparse.calibration.activity import Progress
 from actsparse.calibration.pack import RECIPE, Settings, pack_opened
 from actsparse.calibration.rounded import rounded_copy
-from actsparse.measure.grid import GPTQ, GRADED, STORED_BITS
+from actsparse.measure.grid import GPTQ, GRADED
 from actsparse.models.directory import PLAN
 from actsparse.models.text import Windows
 from actsparse.plan import Plan, PlanError
@@ -74,20 +74,19 @@ class StoredModels:
             )
             return Stored(copy, replace(self._dense_plan, method=kind), bits)
         path = self._folder / name
-        if not self._is_sound(path):
+        settings = Settings(bits_read=float(level)) if kind == GRADED else Settings(int(level), None)
+        if not self._is_sound(path, settings.stored):
             shutil.rmtree(path, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)
-            graded = kind == GRADED
-            settings = Settings(STORED_BITS if graded else int(level), float(level) if graded else None)
             pack_opened(self._dense.model, self._tokenizer, self._windows, path, settings, progress=progress)
         return Stored(*open_packed(str(path)))
 
-    def _is_sound(self, path: Path) -> bool:
+    def _is_sound(self, path: Path, stored: int) -> bool:
         """Whether an earlier run left these very weights."""
         try:
             plan = Plan.load(path / PLAN)
         except PlanError:
             return False
-        mine = (self._windows.digest, self._dense_plan.model.fingerprint, self._dense_plan.version, RECIPE)
-        found = (plan.text.get("sha256"), plan.model.fingerprint, plan.version, plan.settings.get("recipe"))
-        return found == mine
+        mine = [self._windows.digest, self._dense_plan.model.fingerprint, self._dense_plan.version, RECIPE, stored]
+        made = [plan.settings.get(name) for name in ("recipe", "bits_stored")]
+        return [plan.text.get("sha256"), plan.model.fingerprint, plan.version, *made] == mine
