@@ -5,6 +5,8 @@ Shape letters: B rows, I inputs, O outputs, L levels.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -115,6 +117,23 @@ def test_columns_are_read_as_deep_as_they_deserve(
         ).cpu()
         assert got.dtype == dtype
         assert bool(((got.double() - want).abs() <= allowed(got, want, x, packed, given)).all())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("blocks", [1, 2, 4, 5, 7, 18])
+def test_tiles_end_anywhere_in_a_block(where: dict[str, Any], rows: int, blocks: int) -> None:
+    """Within the columns of one warp, between those of two that share their lists, and with nothing to read for some."""
+    device, inputs, outputs = where["device"], 256, 1100
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    packed, given = matrix(6, outputs, inputs), rules(6, inputs, outputs)
+    given["thresholds"][:, 40:120] = float("inf")
+    read = planes.levels_read(x, given["thresholds"], given["center"])
+    want = planes.linear(x.double(), packed, **given)
+    held = tiles.tiles_of(poisoned(packed, read), device)
+    on_device = {name: value.to(device) for name, value in given.items()}
+    product = graded.plane_matrix(held, **on_device)
+    got = graded.linear(x.to(device), product, blocks=blocks, **options(where, "machine", "run")).cpu()
+    assert bool(((got.double() - want).abs() <= allowed(got, want, x, packed, given)).all())
 
 
 def test_every_plane_without_thresholds(where: dict[str, Any]) -> None:
@@ -309,6 +328,17 @@ def test_many_rows(where: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
         ).cpu()  # fmt: skip
         error = (got.double() - want).norm() / want.norm()
         assert float(error) < 0.006
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(bool(compiler.missing()), reason=f"CUDA: {compiler.missing()}")
+def test_a_product_does_not_keep_its_weights() -> None:
+    held = tiles.tiles_of(matrix(6), "cuda")
+    graded.graded_linear(torch.ones(1, I, dtype=torch.bfloat16, device="cuda"), held, None, None, None)
+    alive = weakref.ref(held)
+    del held
+    gc.collect()
+    assert alive() is None
 
 
 def test_columns_rounded_with_feedback(where: dict[str, Any]) -> None:

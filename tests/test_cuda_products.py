@@ -231,6 +231,7 @@ def test_what_thresholds_leave_of_many_rows(
     value, second = (random(3, 300, N, dtype=dtype, seed=seed, device=device) for seed in (1, 2))
     least, product = (random(N, dtype=torch.float32, seed=seed, device=device).abs() / 4 for seed in (3, 4))
     value[0, 7, 5] = float("nan")
+    least = least[:1].expand(N)  # one for all
     v = reference.ACTIVATIONS[activation](value)
     both = v * reference.ACTIVATIONS[second_activation](second) if second_activation else v
     want = torch.where(reference.keep(v, least) & reference.keep(both, product), both, 0.0)
@@ -263,6 +264,7 @@ def test_many_rows_are_left_to_the_oracle_where_it_alone_knows_the_rules() -> No
     assert not many.fits(Rules("silu", neurons=torch.zeros(1, dtype=torch.int32)), x, weight)
     assert not many.fits(Rules("silu"), x.float(), weight)
     assert not many.fits(Rules("silu"), x, weight[:, :12])
+    assert not many.fits(Rules("silu"), x, weight.float())
     assert not many.fits(Rules("silu"), x.clone().requires_grad_(), weight)
 
 

@@ -184,14 +184,19 @@ class Decoder:
         if self._graph is not None:
             self._graph.replay()
             return
-        # The first step also loads the kernels, which a capture must not.
-        self._launch()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._launch()
-            self._graph = graph
+        try:
+            # The first step also loads the kernels, which a capture must not.
+            self._launch()
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+                graph = torch.cuda.CUDAGraph()
+                # A stream of this device: torch's own for captures is on the device that was current when it was first used.
+                with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
+                    self._launch()
+                self._graph = graph
+        except BaseException:
+            self._built = ()  # what a step that was cut off has added to is made anew
+            raise
 
     def _launch(self) -> None:
         self._run(self.launches, self.device, self.dtype, 1, self.group)

@@ -341,7 +341,8 @@ def graded_obstacle(x: Tensor, tiles: Tiles) -> str:
     return obstacle_of(tiles) or compiler.device_obstacle(x.device.index)
 
 
-_matrices: WeakKeyDictionary[Tiles, PlaneMatrix] = WeakKeyDictionary()
+# Rules as they were given, and as the kernels take them; not the matrix, which would keep its own key alive.
+_rules: WeakKeyDictionary[Tiles, tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]] = WeakKeyDictionary()
 
 
 def graded_linear(
@@ -352,8 +353,9 @@ def graded_linear(
         return planes.linear(x, packed_of(tiles), thresholds, center, start)
     if not 1 <= x.numel() // x.shape[-1] <= MAX_BATCH:
         return linear_rows(x, tiles, thresholds, center, start)
-    known = _matrices.get(tiles)
-    if known is None or known.thresholds is not thresholds or known.center is not center or known.start is not start:
-        known = plane_matrix(tiles, thresholds, center, start)
-        _matrices[tiles] = known
-    return linear(x, known)
+    given, known = (thresholds, center, start), _rules.get(tiles)
+    if known is None or any(a is not b for a, b in zip(given, known[0], strict=True)):
+        matrix = plane_matrix(tiles, *given)
+        known = given, (matrix.thresholds, matrix.center, matrix.start)
+        _rules[tiles] = known
+    return linear(x, PlaneMatrix(tiles, *known[1]))

@@ -18,7 +18,7 @@ from ..rules import Rules
 from . import compiler
 from .launches import ACTIVATIONS
 from .products import Run
-from .structures import Launch, pointer
+from .structures import Launch, pointer, vector
 
 THREADS, BLOCKS = 256, 1024
 
@@ -42,7 +42,8 @@ def fits(rules: Rules, *operands: Tensor | None) -> bool:
         return False
     x, *weights = given
     sizes = all(size % 8 == 0 for weight in weights for size in weight.shape)
-    return x.dtype in compiler.DTYPES and sizes and not compiler.device_obstacle(x.device.index or 0)
+    types = all(weight.dtype == x.dtype for weight in weights if weight.dim() == 2)
+    return x.dtype in compiler.DTYPES and types and sizes and not compiler.device_obstacle(x.device.index or 0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor | None, run: Run = compiler.run) -> Tensor:
@@ -75,8 +76,8 @@ def cut(
     run: Run = compiler.run,
 ) -> Tensor:
     """v = activation(value) times w = second_activation(second), [..., C]; 0 where |v| < least or |v w| < product, [C]."""
-    value = value.contiguous()
-    second = None if second is None else second.contiguous()
+    value, second = _aligned(value), None if second is None else _aligned(second)
+    least, product = vector(least, value.device), vector(product, value.device)
     y = torch.empty_like(value)
     parameters = Cut(
         *map(pointer, (value, second, least, product, y)), value.numel(), value.shape[-1], ACTIVATIONS[activation],
@@ -87,6 +88,12 @@ def cut(
         launch = Launch("cut", grid, THREADS, 0, parameters, (value, second, least, product, y))
         run([launch], value.device, value.dtype, 1)
     return y
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on."""
+    values = values.contiguous()
+    return values.clone() if values.data_ptr() % 16 else values
 
 
 def _of(x: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -364,7 +364,7 @@ def _graph(call: Callable[[], Any], device: torch.device) -> Callable[[], float]
             call()
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
             call()
 
     def replay() -> None:

@@ -136,6 +136,7 @@ AS_DEVICE void multiply_list(const Planes& p, const PlaneRoom& room, const unsig
 AS_DEVICE void multiply_share(const Planes& p, const PlaneShare& share, const PlaneRoom& room, int ahead,
                               PlaneWords (&words)[STAGES]) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, half = HALVES == 2 ? 0 : warp & 1;
+  bool fresh = true;  // no other list's codes have come into the registers since
 #pragma unroll 1
   for (int segment = 0; segment < share.segments; ++segment) {
     const unsigned char* const codes = room.base[segment] + (lane >> 2) * 16 + half * 8;
@@ -154,7 +155,9 @@ AS_DEVICE void multiply_share(const Planes& p, const PlaneShare& share, const Pl
       const int* const bound = room.bound + (warp ^ l) * (p.segments + 1) + segment;
       const int at = bound[0] + (lane & 3), end = bound[1];  // the lane's entries are this one and the fourth from it
       if (at >= end) continue;
-      if (l || segment != ahead) load_ahead(codes, room.run, at, end, words);
+      // Of several lists a partner's may begin before the warp's own does.
+      if (l || segment != ahead || (LISTS > 1 && !fresh)) load_ahead(codes, room.run, at, end, words);
+      fresh = false;
       multiply_list(p, room, codes, half, at, end, words, sums);
       some = true;
     }

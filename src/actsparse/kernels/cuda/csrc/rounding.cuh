@@ -13,6 +13,7 @@ struct Rounding {
 
 AS_KERNEL(128, 1) rounding_kernel(AS_PARAMETER Rounding p) {
   AS_SHARED;
+  wait_beside();
   float* const mine = shared + threadIdx.x;  // [columns], a block's size apart
   const int output = blockIdx.x * blockDim.x + threadIdx.x, apart = blockDim.x;
   if (output >= p.out) return;

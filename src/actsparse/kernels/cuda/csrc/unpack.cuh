@@ -12,6 +12,7 @@ struct Unpack {             // W [I, O] read to so many planes, in 16 bits
 // A block has 16 columns of a tile, blockIdx.y; a thread one column, half and g.
 AS_KERNEL(256, 4) unpack_kernel(AS_PARAMETER Unpack p) {
   AS_SHARED;
+  wait_beside();  // a product may still read the room that this fills
   constexpr int ROOM = PLANE_TILE + 8;
   const int g = threadIdx.x & 7, half = threadIdx.x >> 3 & 1, own = threadIdx.x >> 4, tile = blockIdx.y;
   const int first = tile * PLANE_TILE, outputs = p.out - first < PLANE_TILE ? p.out - first : PLANE_TILE;
