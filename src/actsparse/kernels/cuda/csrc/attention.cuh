@@ -115,8 +115,8 @@ AS_KERNEL(256, 2) attention_kernel(AS_PARAMETER Attention p) {
   float* const value = key + size;                            // [D]
   float* const angles = value + size;                         // [2, D / 2] cosines, sines
   float* const norms = angles + size;                         // [2, D] of queries, of keys
-  float* const score = norms + 2 * size;                      // [G, together]
-  float* const top = score + G * 2 * lot_size;                    // [G] running maximum, then [G] sum, then [G] factor
+  float* const score = norms + 2 * size;                      // [G, 2 lot_size]
+  float* const top = score + G * 2 * lot_size;                // [G] running maximum, then [G] sum, then [G] factor
   float* const weight = top + G;
   float* const factor = weight + G;
   float* const gathered = top + 4 * ((3 * G + 3) / 4);        // [warps, G, D]
