@@ -55,7 +55,9 @@ def results_of_four_tasks() -> list[Tensor]:
         for density in (0.0, 0.003, 0.4, 1.0):
             x, threshold, bias = torch.randn(batch, neurons), thresholds(neurons, density), torch.randn(hidden)
             for layout in ("columns", "rows"):
-                found.append(kernels.linear(x, stored(weight, layout, dtype), bias, threshold))
+                operands = x.to(dtype), stored(weight, layout, dtype)
+                assert kernels.path_for(*operands) == f"cpu-{kernels.isa()}"
+                found.append(kernels.linear(*operands, bias, threshold))
             # The product's threshold drops whole segments of what the gate's kept.
             last = torch.where(torch.arange(neurons) < 1000, 3e38, 0.0)
             for value_threshold in (None, last):

@@ -1,7 +1,7 @@
 """Packed matrices times many rows, as in a prompt, without ever holding a whole matrix unpacked.
 
-With AVX-512's products of bfloat16 a native call unpacks a tile of outputs into a core's cache and multiplies all rows with it
-there. Elsewhere (AMX, which oneDNN uses, included) columns are unpacked some MB at a time and torch multiplies.
+With AMX's or AVX-512's products of bfloat16 a native call unpacks a tile of outputs into a core's cache and multiplies all rows
+with it there. Elsewhere columns are unpacked some MB at a time and torch multiplies.
 
 Shape letters: T rows, I inputs, O outputs, L levels; "..." any leading dimensions, whose product is T.
 """

@@ -20,6 +20,8 @@ struct ManyOps {
 };
 
 extern const ManyOps* const many_bf16;  // NULL when the file was compiled for another architecture
+// NULL then too, and where the system does not give the registers; the processor must have them.
+const ManyOps* many_amx();
 const ManyOps* many_ops();              // NULL when the instruction set in use has none
 
 }  // namespace actsparse

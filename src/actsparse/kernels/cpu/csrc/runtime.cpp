@@ -33,10 +33,9 @@ bool runs_here(const IsaOps* isa) {
 }
 
 #if defined(__x86_64__)
-// With tiles of matrix registers oneDNN multiplies many rows several times as fast as a core's vectors do.
 bool has_amx_bf16() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // products, and the tiles themselves
 }
 
 bool has_avxvnni() {  // older compilers cannot ask for it by name either; its registers are AVX2's
@@ -85,8 +84,9 @@ const GradedOps& graded_ops() {
 
 const ManyOps* many_ops() {
 #if defined(__x86_64__)
-  static const bool here = __builtin_cpu_supports("avx512bf16") && !has_amx_bf16();
-  if (here && &ops() == isa_avx512) return many_bf16;
+  static const bool here = __builtin_cpu_supports("avx512bf16");
+  static const ManyOps* const tiles = here && has_amx_bf16() ? many_amx() : nullptr;
+  if (here && &ops() == isa_avx512) return tiles ? tiles : many_bf16;
 #endif
   return nullptr;
 }
