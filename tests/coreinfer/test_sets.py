@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from actsparse import restore, sparsify
 from actsparse.measure.evaluate import compare_perplexity
-from actsparse.methods.coreinfer import core_level, core_of, strengths
+from actsparse.methods.coreinfer import core_level, core_of, core_sums, part_sums, strengths
 from actsparse.models.caches import cache_of
 from actsparse.models.text import Windows
 from actsparse.runtime.decode import Decoder
@@ -56,6 +56,18 @@ def test_core_level_selects_the_same_everywhere():
         want = positive.sort(1, descending=True).values.gather(1, (0.25 * active).round().long().clamp(min=1) - 1)
         assert torch.equal(core_level(values, 0.25, "positive", sparse=True), want)
     assert not core_of(torch.zeros(2, 8), core_level(torch.zeros(2, 8), 0.5, "magnitude", sparse=True)).any()
+
+
+@pytest.mark.parametrize("ranking", ["magnitude", "positive"])
+def test_parts_of_a_text_are_summed_in_one_go(ranking):
+    values = torch.randn(40, N, generator=torch.Generator().manual_seed(3)).bfloat16()
+    values[7, 1:] = 0  # fewer active neurons than a core has
+    stops = (1, 2, 7, 30, 40)
+    got = part_sums(values, stops, 0.2, ranking, sparse=False)
+    for part, begin, stop in zip(got, [0, *stops], stops, strict=False):
+        counts, sums = core_sums(values[begin:stop], 0.2, ranking, sparse=False)
+        assert torch.equal(part[0], counts)
+        torch.testing.assert_close(part[1], sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

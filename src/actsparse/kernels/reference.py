@@ -152,14 +152,18 @@ def core_statistics(x: Tensor, count: int, share: float, *, positive: bool) -> t
     among them (not weaker than the level, and not 0); sums [C], its strengths in units of the tokens' levels.
     """
     strength = x.float().clamp(min=0) if positive else x.float().abs()
-    if count:
-        levels = strength.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
-    else:
-        wanted = ((strength > 0).sum(1, keepdim=True) * torch.tensor(share)).round().long().clamp(min=1)
-        levels = strength.sort(dim=1, descending=True).values.gather(1, wanted - 1)
+    levels = core_levels(strength, count, share)
     core = (strength >= levels) & (strength > 0)
     sums = (strength / levels.clamp(min=torch.finfo(torch.float32).tiny)).sum(0)
     return levels[:, 0], core.sum(0).float(), sums
+
+
+def core_levels(strength: Tensor, count: int, share: float) -> Tensor:
+    """The levels of :func:`core_statistics`, [T, 1], from strengths [T, C] of any float type and in that."""
+    if count:
+        return strength.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
+    wanted = ((strength > 0).sum(1, keepdim=True) * torch.tensor(share)).round().long().clamp(min=1)
+    return strength.sort(dim=1, descending=True).values.gather(1, wanted - 1)
 
 
 def channel_statistics(

@@ -23,14 +23,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from actsparse import kernels
 from actsparse.methods.base import Calibrated, Layer, Method, MethodError, Solution, Targets
 from actsparse.methods.prompt import Choice, PromptRule, best, layer_range, prompt_solution, setting
-from actsparse.methods.statistics import Batch, CalibrationError, Statistic, core_statistics
+from actsparse.methods.statistics import Batch, CalibrationError, Statistic, core_count, core_statistics
 from actsparse.plan import PlanError
 
 MODES = ("auto", "stability", "similarity", "blend")
@@ -198,6 +200,31 @@ def core_sums(values: torch.Tensor, alpha: float, ranking: str, *, sparse: bool)
     return core_statistics(values, alpha, positive=ranking == "positive", sparse=sparse)[1:]
 
 
+def part_sums(
+    values: torch.Tensor, stops: tuple[int, ...], alpha: float, ranking: str, *, sparse: bool
+) -> torch.Tensor:
+    """:func:`core_sums` of the tokens up to each of P ``stops`` since the one before, [P, 2, N], in one go.
+
+    Away from the CPU, where each of its dozen operations costs as much for a token as for a thousand.  Strengths are compared
+    in the values' own type, in which a level is one of them.
+    """
+    strength = values.detach().abs() if ranking == "magnitude" else values.detach().clamp(min=0)
+    level = kernels.reference.core_levels(strength, core_count(values.shape[1], alpha, sparse=sparse), alpha)
+    core = (strength >= level) & (strength > 0)
+    # A token with fewer active neurons than its core has no level; 0 times that is 0 in the other parts.
+    share = (strength.float() / level.float().clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num()
+    inside = _inside(stops, values.device)
+    return torch.stack([inside @ core.float(), inside @ share], 1).nan_to_num()
+
+
+@lru_cache(maxsize=16)
+def _inside(stops: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Which tokens are in which part, float32 [P, T].  Kept, because sending it to a GPU waits for what that is doing."""
+    token, ends = torch.arange(stops[-1]), torch.tensor(stops)[:, None]
+    begins = torch.cat([ends.new_zeros(1, 1), ends[:-1]])
+    return ((token >= begins) & (token < ends)).float().to(device)
+
+
 def core_of(strength: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     """Which neurons are core, bool [T, N]: active and not weaker than the level [T, 1]; ties belong."""
     return (strength >= level) & (strength > 0)
@@ -280,6 +307,13 @@ class CoreRule(PromptRule):
         rows = core_sums(values, self.alpha, self.ranking, sparse=self.sparse)
         total = values.new_full((2, 1), len(values), dtype=torch.float32)
         return torch.cat([torch.stack(rows), total], 1)
+
+    def score_parts(self, values: torch.Tensor, stops: Sequence[int]) -> list[torch.Tensor]:
+        if values.is_cpu or len(stops) < 2:
+            return super().score_parts(values, stops)
+        rows = part_sums(values, tuple(stops), self.alpha, self.ranking, sparse=self.sparse)
+        tokens = _inside(tuple(stops), values.device).sum(1)[:, None, None].expand(-1, 2, 1)
+        return list(torch.cat([rows, tokens], 2).unbind(0))
 
     def choose(self, scores: Mapping[int, torch.Tensor]) -> Choice:
         whole = {layer: _keys(*score.sum(0)) for layer, score in scores.items()}

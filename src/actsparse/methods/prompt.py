@@ -72,6 +72,10 @@ class PromptRule(ABC):
             float32 [S, N] on the same device.
         """
 
+    def score_parts(self, values: torch.Tensor, stops: Sequence[int]) -> list[torch.Tensor]:
+        """:meth:`score` of the tokens up to each of ``stops`` since the one before."""
+        return [self.score(values[begin:stop]) for begin, stop in zip([0, *stops], stops, strict=False)]
+
     @abstractmethod
     def choose(self, scores: Mapping[int, torch.Tensor]) -> Choice:
         """The sets of one sequence from its scores per layer: [2, S, N] of both halves, [1, S, N] without ``halves``."""

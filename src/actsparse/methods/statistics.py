@@ -202,6 +202,11 @@ def _check(non_finite: int) -> None:
 MAX_TOKENS = min(sys.maxsize, 2**32 - 1)
 
 
+def core_count(channels: int, alpha: float, *, sparse: bool) -> int:
+    """How many channels are a token's core; 0 where that depends on the token."""
+    return 0 if sparse else max(1, round(alpha * channels))
+
+
 def core_statistics(
     values: torch.Tensor, alpha: float, *, positive: bool, sparse: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -217,7 +222,7 @@ def core_statistics(
         float32 levels [T], the strength of each token's last core channel; counts [C], how many tokens have the channel
         in their core; sums [C], its strengths in units of the tokens' levels.
     """
-    count = 0 if sparse else max(1, round(alpha * values.shape[1]))
+    count = core_count(values.shape[1], alpha, sparse=sparse)
     native = values.device.type == "cpu" and values.dtype in kernels.cpu.DTYPES and not kernels.cpu.missing
     compute = kernels.core_statistics if native else kernels.reference.core_statistics
     levels, counts, sums = compute(values.detach(), count, alpha, positive=positive)

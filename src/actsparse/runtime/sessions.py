@@ -34,16 +34,15 @@ class Tally:
 
     def add(self, rule: PromptRule, known: int, values: torch.Tensor) -> Tally:
         """With ``values`` [T, N] of the tokens that follow the first ``known``."""
-        blocks, rest, begin = list(self.blocks), self.rest, known
+        blocks, rest = list(self.blocks), self.rest
         end = known + len(values)
         marks = [mark for mark in rule.marks(end) if mark > known]
-        for stop in [*marks, *([] if marks and marks[-1] == end else [end])]:
-            score = rule.score(values[begin - known : stop - known])
+        stops = [*marks, *([] if marks and marks[-1] == end else [end])]
+        for stop, score in zip(stops, rule.score_parts(values, [stop - known for stop in stops]), strict=True):
             rest = score if rest is None else rest + score
             if marks and stop <= marks[-1]:
                 blocks.append(rest)
                 rest = None
-            begin = stop
         return Tally(tuple(blocks), rest)
 
     def sums(self, first: int | None) -> torch.Tensor:
