@@ -13,7 +13,7 @@ import torch
 
 from actsparse import kernels
 from actsparse.kernels import Rules, reference
-from actsparse.kernels.cuda import compiler, ffn_obstacle, launches, layout_obstacle, linear_obstacle, many, products
+from actsparse.kernels.cuda import compiler, ffn_obstacle, layout_obstacle, linear_obstacle, machine, many, products
 from tests import cuda_emulator
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -214,7 +214,7 @@ def test_odd_sizes_are_refused_with_the_reason() -> None:
 
 
 def test_a_block_of_more_inputs_than_a_list_holds_is_refused() -> None:
-    for inputs, fits in ((launches.MOST_SLICE, True), (launches.MOST_SLICE + 8, False)):
+    for inputs, fits in ((machine.MOST_SLICE, True), (machine.MOST_SLICE + 8, False)):
         up, down = by_columns(torch.zeros(32, inputs)), by_columns(torch.zeros(inputs, 32))
         rules = Rules(activation="silu", up_in_threshold=torch.zeros(inputs))
         assert (ffn_obstacle(torch.zeros(1, inputs), up, up, down, rules) == "") == fits

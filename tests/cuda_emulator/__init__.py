@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from actsparse.kernels.cuda import compiler
-from actsparse.kernels.cuda.launches import Machine, compiled_rows
+from actsparse.kernels.cuda.machine import Machine, compiled_rows
 from actsparse.kernels.cuda.structures import Launch, address
 
 # So few values of keys that a short cache is read in several lots.

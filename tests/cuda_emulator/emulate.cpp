@@ -271,6 +271,7 @@ AS_DEVICE void put_steps(long long* at, long long steps) { *at = steps; }
 #include "selection.cuh"
 #include "rows.cuh"
 #include "columns.cuh"
+#include "several.cuh"
 #include "attention.cuh"
 #include "depths.cuh"
 #include "planes.cuh"

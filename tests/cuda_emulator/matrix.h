@@ -1,4 +1,4 @@
-// Stand-ins for what the packed products use: bytes and a warp's matrix product.  Included by emulate.cpp.
+// Stand-ins for bytes, which the packed products use, and for a warp's matrix products.  Included by emulate.cpp.
 struct int4 {
   int x, y, z, w;
 };
@@ -55,5 +55,21 @@ AS_DEVICE void multiply_tile(int (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a
       sum[e] += (int)(a[second + (k >= 16 ? 2 : 0)] >> 8 * (k & 3) & 255u) * (int8_t)(b[4 + (k >= 16)] >> 8 * (k & 3));
     }
   }
+  emulate::wait_warp();
+}
+
+AS_DEVICE float head_of(float v) { return as_float(as_bits(v) & 0xffffe000u); }
+AS_DEVICE void multiply_heads(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
+  static std::vector<std::array<float, 6>> posted;
+  posted.resize(emulate::threads.size());
+  posted[emulate::current] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  emulate::wait_warp();
+  const int lane = threadIdx.x & 31, base = emulate::current / 32 * 32, row = lane >> 2, pair = lane & 3;
+  for (int e = 0; e < 4; ++e)
+    for (int k = 0; k < 8; ++k) {
+      const auto& from = posted[base + row * 4 + k % 4];
+      const auto& by = posted[base + (2 * pair + (e & 1)) * 4 + k % 4];
+      sum[e] += head_of(from[(e >> 1) + (k >= 4 ? 2 : 0)]) * head_of(by[4 + (k >= 4)]);
+    }
   emulate::wait_warp();
 }

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import cpu, cuda
-from .cuda.launches import Builder, Kept, Machine, Matrix, input_of
+from .cuda.launches import Builder, Kept, Matrix, input_of
+from .cuda.machine import Machine
 from .cuda.products import Run, machine_of
 from .cuda.structures import Parts
 from .reference import ACTIVATIONS, keep

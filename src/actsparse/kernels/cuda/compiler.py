@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .launches import Machine, compiled_rows
+from .machine import Machine, compiled_rows
 from .structures import Launch, address
 
 SOURCES = (
@@ -26,6 +26,7 @@ SOURCES = (
     "selection.cuh",
     "rows.cuh",
     "columns.cuh",
+    "several.cuh",
     "attention.cuh",
     "depths.cuh",
     "planes.cuh",
@@ -109,7 +110,7 @@ def run(launches: list[Launch], device: torch.device, dtype: torch.dtype, rows: 
     """Launch in order on torch's current stream; each may start while the one before it ends."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     functions = _functions(index, DTYPES[dtype], compiled_rows(rows), group)
-    dependent = torch.cuda.get_device_capability(index) >= (9, 0)
+    dependent = _starts_early(index)
     stream = torch.cuda.current_stream(device).cuda_stream
     driver = _driver()
     attribute = _Attribute(_STREAM_SERIALIZATION)
@@ -124,6 +125,12 @@ def run(launches: list[Launch], device: torch.device, dtype: torch.dtype, rows: 
             result = driver.cuLaunchKernelEx(byref(config), functions[launch.kernel], parameters, None)
             if result:
                 _check(result, f"launch of {launch.kernel} {launch.grid}")
+
+
+@cache
+def _starts_early(index: int) -> bool:
+    """Whether a GPU knows programmatic dependent launch."""
+    return torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 @cache

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..rules import Rules
 from . import compiler, graded
 from .graded import PlaneInput, PlaneMatrix
-from .launches import ACTIVATIONS, Builder, Machine, Matrix, input_of
+from .launches import ACTIVATIONS, Builder, Matrix, input_of
+from .machine import Machine
 from .obstacles import ffn_obstacle, layout_obstacle
 from .structures import Attention, Embedding, Input, Launch, Parts, pointer, vector
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import planes
 from . import compiler
-from .launches import MAX_BATCH, Builder, Machine
+from .launches import Builder
+from .machine import MAX_BATCH, Machine
 from .products import Run, machine_of
 from .structures import Launch, pointer, vector
 from .tiles import TILE, Tiles, packed_of

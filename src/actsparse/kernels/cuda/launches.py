@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..rules import Rules
+from .machine import MOST_SLICE, SCRATCH, THREADS, Machine, columns_bytes, compiled_rows, narrowest
 from .structures import (
     ACTIVATED,
     PAIRED,
@@ -31,44 +32,10 @@ from .structures import (
     vector,
 )
 
-MAX_BATCH = 8
 ACTIVATIONS = {"silu": 0, "relu": 1, "relu2": 2, "gelu": 3, "gelu_tanh": 4, "identity": 5}
-THREADS = 512
 # Weights of a product whose parts are worth the launch that adds them up and rounds them: about two microseconds on an H100.
 _WORTH_SPLITTING = 32 << 20
 _PART = 2048  # inputs of a row that one warp takes at a time
-NARROWEST = 32  # outputs of a block
-_WARPS = THREADS // 32
-_SCRATCH = 4 * _WARPS  # floats of a block
-MOST_SLICE = 8 * 4 * THREADS  # inputs of a block: four bits of eight quads in a register of each thread
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the launches are cut for: multiprocessors, shared memory of a block in bytes, and ``lot``, how many values of keys a
-    block of the attention kernel holds at a time.
-    """
-
-    processors: int = 132
-    shared_bytes: int = 227 << 10
-    lot: int = 12288
-
-    @property
-    def ring(self) -> int:
-        """16-byte copies that each thread of a product has under way."""
-        return 8 if self.shared_bytes >= 160 << 10 else 4
-
-    @property
-    def ring_bytes(self) -> int:
-        """Shared memory of a product's copies."""
-        return THREADS * 16 * self.ring
-
-    def place(self, shared: int) -> int:
-        """Shared memory of a block that needs so much: at least so much that a multiprocessor has room for two, not three.
-
-        Every kernel has one block for each multiprocessor, and the next one's blocks take the places beside them.
-        """
-        return max(shared, self.shared_bytes // 3 + 16 & ~15)
 
 
 @dataclass(frozen=True)
@@ -122,11 +89,6 @@ class Rule:
     positive: bool = False
 
 
-def compiled_rows(rows: int) -> int:
-    """The compiled kernel's number of rows for a call with so many."""
-    return 1 << (rows - 1).bit_length()
-
-
 def input_of(
     x: Tensor | Parts,
     size: int,
@@ -147,14 +109,6 @@ def input_of(
         size,
         norm[1] if norm else 0.0,
     )
-
-
-def columns_bytes(machine: Machine, compiled: int, inputs: int, sides: int, tile: int, column: bool) -> int:
-    """Shared memory of a product by columns: ``inputs`` of a block, ``sides`` matrices side by side, ``tile`` outputs."""
-    floats = _SCRATCH + 2 * tile + inputs * (compiled + column) + 4 * compiled + sides * _WARPS * compiled * tile
-    groups = 8 * THREADS // tile  # each takes an entry of a list at a time; beyond a list's end lie entries of nothing
-    entries = sides * (inputs + groups) + machine.ring * groups
-    return machine.ring_bytes + 4 * floats + (2 if compiled == 1 else 4) * entries
 
 
 def _chosen(chosen: Kept | Tensor | None) -> Chosen:
@@ -255,7 +209,7 @@ class Builder:
         most = -(-units // self._blocks) + 4 & ~3
         per_unit = (size + _PART - 1) // _PART * (2 if paired else 1)
         shared = self.machine.ring_bytes + 4 * (
-            compiled * _padded(size) + _SCRATCH + most * (per_unit * compiled + compiled + 2)
+            compiled * _padded(size) + SCRATCH + most * (per_unit * compiled + compiled + 2)
         )
         p = Rows(x, _chosen(chosen), jobs)
         kept = None
@@ -292,16 +246,17 @@ class Builder:
         sides = len(matrices) if rule is not None else 1
         if rule is not None:
             outs, splits = outs[:1], 1
-        elif rounded is not None and not splits and size * sum(outs) < _WORTH_SPLITTING:
+        elif rounded is not None and not splits and self._direct(outs, size):
             splits = 1
         tile, splits = self._cut(outs, tile, splits, rounded is not None)
+        least_tile = narrowest(compiled)
         while True:
             slice_size = 32 * -(-(size + 31 & ~31) // 32 // splits)
             shared = columns_bytes(self.machine, compiled, slice_size, sides, tile, column is not None)
             fits = shared <= self.machine.shared_bytes and slice_size <= MOST_SLICE
-            if fits or (tile == NARROWEST and (splits >= 64 or rule is not None)):
+            if fits or (tile == least_tile and (splits >= 64 or rule is not None)):
                 break
-            tile, splits = (tile // 2, splits) if tile > NARROWEST and (splits >= 8 or rule) else (tile, splits * 2)
+            tile, splits = (tile // 2, splits) if tile > least_tile and (splits >= 8 or rule) else (tile, splits * 2)
         jobs, results, begin = (Job * 3)(), [], 0
         direct = rounded is not None and splits == 1
         for at, (matrix, threshold) in enumerate(matrices):
@@ -426,6 +381,13 @@ class Builder:
         grid = (max(blocks, self._blocks), 1)
         self.launches.append(Launch(kernel, grid, threads, self.machine.place(shared), parameters, keep))
 
+    def _direct(self, outs: list[int], size: int) -> bool:
+        """Whether a single product's inputs are better not split: few weights, or of several rows enough narrow blocks."""
+        if self.compiled > 1 and size * sum(outs) >= _WORTH_SPLITTING // 4:
+            enough = 5 * sum(-(-out // 64) for out in outs) >= 3 * self.machine.processors
+            return enough and size * sum(outs) < _WORTH_SPLITTING
+        return size * sum(outs) < _WORTH_SPLITTING
+
     def _cut(self, outs: list[int], tile: int, splits: int, finished: bool) -> tuple[int, int]:
         """Columns per block, and splits of the inputs: as many blocks as there are multiprocessors, or few less.
 
@@ -436,7 +398,7 @@ class Builder:
         def blocks(cut: tuple[int, int]) -> int:
             return sum(-(-out // cut[0]) for out in outs) * cut[1]
 
-        widths = (tile,) if tile else (128, 64, 256) if self.compiled <= (4 if finished else 2) else (128, 64)
+        widths = (max(tile, narrowest(self.compiled)),) if tile else (128, 64, 256) if self.compiled <= 4 else (128, 64)
         most = 8 if finished else 4
         cuts = [(width, splits or max(1, min(most, self.machine.processors // blocks((width, 1))))) for width in widths]
         fitting = [cut for cut in cuts if blocks(cut) <= self.machine.processors]

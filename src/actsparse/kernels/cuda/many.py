@@ -8,7 +8,7 @@ Letters: T rows, C channels.
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_int32, c_void_p
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from .launches import ACTIVATIONS
 from .products import Run
 from .structures import Launch, pointer, vector
 
-THREADS, BLOCKS = 256, 1024
+THREADS = 256
+_ROWS = 4  # of a thread, eight channels each
 
 
 class Cut(Structure):
@@ -28,8 +29,7 @@ class Cut(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("value", "second", "least", "product", "y")),
-        ("count", c_int64),
-        *((name, c_int32) for name in ("size", "activation", "second_activation")),
+        *((name, c_int32) for name in ("rows", "size", "activation", "second_activation")),
     ]
 
 
@@ -79,14 +79,20 @@ def cut(
     value, second = _aligned(value), None if second is None else _aligned(second)
     least, product = vector(least, value.device), vector(product, value.device)
     y = torch.empty_like(value)
-    parameters = Cut(
-        *map(pointer, (value, second, least, product, y)), value.numel(), value.shape[-1], ACTIVATIONS[activation],
-        ACTIVATIONS[second_activation],
-    )  # fmt: skip
     if value.numel():
-        grid = (min(BLOCKS, -(-value.numel() // (8 * THREADS))), 1)
-        launch = Launch("cut", grid, THREADS, 0, parameters, (value, second, least, product, y))
-        run([launch], value.device, value.dtype, 1)
+        size = value.shape[-1]
+        rows = value.numel() // size
+        parameters = Cut(
+            *map(pointer, (value, second, least, product, y)), rows, size, ACTIVATIONS[activation],
+            ACTIVATIONS[second_activation],
+        )  # fmt: skip
+        grid = (-(-(-(-rows // _ROWS) * size // 8) // THREADS), 1)
+        run(
+            [Launch("cut", grid, THREADS, 0, parameters, (value, second, least, product, y))],
+            value.device,
+            value.dtype,
+            1,
+        )
     return y
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..rules import Rules
 from . import compiler
-from .launches import MOST_SLICE, NARROWEST, Machine, Matrix, columns_bytes, compiled_rows
+from .launches import Matrix
+from .machine import MOST_SLICE, Machine, columns_bytes, compiled_rows, narrowest
 
 # Of a block's shared memory, beside x in float32 and the weights that are being copied: for lists and sums.
 _REST_BYTES = 20 << 10
@@ -57,7 +58,7 @@ def ffn_obstacle(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, rules
     if Matrix(up).columns:
         machine, rows, sides = _machine_of(x), compiled_rows(x.numel() // x.shape[-1]), 1 if gate is None else 2
         inputs = x.shape[-1] + 31 & ~31
-        shared = columns_bytes(machine, rows, inputs, sides, NARROWEST, False)
+        shared = columns_bytes(machine, rows, inputs, sides, narrowest(rows), False)
         if shared > machine.shared_bytes or inputs > MOST_SLICE:
             return _too_many(rows, x)
     columns = [Matrix(weight).columns for weight in (gate, up, down) if weight is not None]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..rules import Rules
 from . import compiler
-from .launches import Builder, Machine, Matrix, input_of
+from .launches import Builder, Matrix, input_of
+from .machine import Machine
 from .structures import Launch
 
 # Runs launches: on the GPU, or in the tests' emulator.

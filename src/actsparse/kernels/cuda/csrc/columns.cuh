@@ -16,13 +16,76 @@ struct Coming {
   bool named;               // whether columns have numbers of their own there
   int apart, limit;         // splits - 1; inputs from here on are none, and come as zeros
 
-  AS_MEMBER void next(u32 entry, const u16* w, u32 stride, u16* to) const {  // stride in bytes
+  AS_MEMBER void copy(u32 entry, const u16* w, u32 stride, u16* to) const {  // stride in bytes
     const int i = entry & 0xffffu;
     const u32 number = named ? column[i] : i + (i & ~31) * apart;
     copy_or_zero(to, reinterpret_cast<const char*>(w) + (unsigned long long)number * stride, i < limit);
-    close_copies();
   }
 };
+
+// What the kernel before does not write is read while that still runs: first the columns of a block's inputs and their
+// thresholds, each thread what it needs itself.  `threshold` then says where those lie.
+AS_DEVICE void stage_inputs(const Columns& p, const Slice& slice, int sides, int* column, float* early, const float** threshold) {
+#pragma unroll 1
+  for (int q = threadIdx.x; q < slice.quads(); q += THREADS) {
+    const int input = slice.input(q);
+    if (input >= p.input.size) continue;
+    if (p.column) *reinterpret_cast<float4*>(column + 4 * q) = *reinterpret_cast<const float4*>(p.column + input);
+#pragma unroll
+    for (int side = 0; side < 2; ++side)
+      if (p.staged && side < sides && threshold[side]) copy_async(early + side * p.slice + 4 * q, threshold[side] + input);
+  }
+#pragma unroll
+  for (int side = 0; side < 2; ++side)
+    if (p.staged && threshold[side]) threshold[side] = early + side * p.slice;
+}
+
+// Entries of nothing, to be beyond what will be kept.
+AS_DEVICE void fill_list(Entry* list, int entries, u32 nothing) {
+  const u32 pair = sizeof(Entry) == 2 ? nothing << 16 | nothing : nothing;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < entries * (int)sizeof(Entry) / 16; i += THREADS)
+    reinterpret_cast<Vec8*>(list)[i] = Vec8{{pair, pair, pair, pair}};
+}
+
+// [2, width] what a tile's results have to reach, and means.
+AS_DEVICE void stage_bounds(const Columns& p, const Job& job, int begin, int width, float* bounds) {
+  if (4 * (int)threadIdx.x < width && begin + 4 * (int)threadIdx.x < job.out) {
+    if (p.passing.threshold) copy_async(bounds + 4 * threadIdx.x, p.passing.threshold + begin + 4 * threadIdx.x);
+    if (p.passing.mean) copy_async(bounds + width + 4 * threadIdx.x, p.passing.mean + begin + 4 * threadIdx.x);
+    touch(job.bias, begin + 4 * threadIdx.x);
+  }
+}
+
+// A tile's results to where they belong; sum(side, b, place) is one.
+template <class Sum>
+AS_DEVICE void give_results(const Columns& p, const Job& job, int split, int begin, int width, const float* bounds, Sum sum) {
+  const Passing near{
+      nullptr, nullptr, nullptr, p.passing.threshold ? bounds : nullptr, p.passing.mean ? bounds + width : nullptr, 0,
+      p.passing.positive};
+#pragma unroll 1
+  for (int at = threadIdx.x; at < width * p.rows; at += THREADS) {
+    const int b = B == 1 ? 0 : at / width, place = at - b * width, output = begin + place;
+    if (output >= job.out) continue;
+    float y = sum(0, b, place);
+    if (split == 0 && job.bias) y += job.bias[output];
+    if (p.passing.value) {
+      y = activate(p.activation, y);
+      if (p.jobs > 1) {
+        float second = sum(1, b, place);
+        if (p.job[1].bias) second += p.job[1].bias[output];
+        y *= activate(p.second_activation, second);
+      }
+      p.passing.value[(i64)b * p.passing.size + output] = near.sieve(y, place);
+    } else if (job.rounded) {
+      job.rounded[(i64)b * job.out + output] = narrow(y);
+    } else {
+      job.y[((i64)split * p.rows + b) * job.out + output] = y;
+    }
+  }
+}
+
+#if AS_ROWS == 1
 
 AS_DEVICE float sum_of_warps(const float* results, int apart) {
   float sum = 0.0f;
@@ -43,9 +106,9 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
   float* const early = shared;  // thresholds [sides, slice], residual [I], norm [I]; then the ring
   float* const scratch = shared + THREADS * RING * 4;
   float* const bounds = scratch + 4 * MOST_WARPS;             // [2, width] what results have to reach, means
-  float* const x = bounds + 2 * width;                        // [slice + 4, B], zeros behind the slice
-  float* const results = x + (p.slice + 4) * B;               // [sides, warps, B, width]
-  int* const column = reinterpret_cast<int*>(results + sides * MOST_WARPS * B * width);      // [slice] if any
+  float* const x = bounds + 2 * width;                        // [slice + 4], zeros behind the slice
+  float* const results = x + p.slice + 4;                     // [sides, warps, width]
+  int* const column = reinterpret_cast<int*>(results + sides * MOST_WARPS * width);  // [slice] if any
   const int listed = (int)(reinterpret_cast<float*>(column) - shared) + (p.column ? p.slice : 0);
   Entry* const list = reinterpret_cast<Entry*>(shared + hidden(listed));  // side after side
   const float* residual = p.input.residual;
@@ -54,29 +117,11 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
   const bool idle = split >= p.splits;
   const int groups = hidden(1 << (THREAD_BITS - p.bits)), group = threadIdx.x >> p.bits;  // threads of a group share a column
   const int nothing = p.slice;  // an entry that adds zero times zero
-  // What the kernel before does not write is read while that still runs, each thread what it needs itself.
   if (!idle) {
-#pragma unroll 1
-    for (int q = threadIdx.x; q < slice.quads(); q += THREADS) {
-      const int input = slice.input(q);
-      if (input >= p.input.size) continue;
-      if (p.column) *reinterpret_cast<float4*>(column + 4 * q) = *reinterpret_cast<const float4*>(p.column + input);
-#pragma unroll
-      for (int side = 0; side < 2; ++side)
-        if (p.staged && side < sides && threshold[side]) copy_async(early + side * p.slice + 4 * q, threshold[side] + input);
-    }
-    // Beyond what will be kept.
-    const Entry last = (Entry)nothing;
-    const u32 pair = B == 1 ? (u32)last << 16 | last : last;
-    const int entries = sides * (p.slice + groups) + RING * groups;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < entries * (int)sizeof(Entry) / 16; i += THREADS)
-      reinterpret_cast<Vec8*>(list)[i] = Vec8{{pair, pair, pair, pair}};
-    if ((int)threadIdx.x < B) x[nothing * B + threadIdx.x] = 0.0f;
+    stage_inputs(p, slice, sides, column, early, threshold);
+    fill_list(list, sides * (p.slice + groups) + RING * groups, (u32)nothing);
+    if (threadIdx.x == 0) x[nothing] = 0.0f;
     if (p.staged) {
-#pragma unroll
-      for (int side = 0; side < 2; ++side)
-        if (threshold[side]) threshold[side] = early + side * p.slice;
       float* const staged[2] = {early + sides * p.slice, early + sides * p.slice + p.input.size};
 #pragma unroll 1
       for (int q = threadIdx.x; 4 * q < p.input.size; q += THREADS) {
@@ -86,11 +131,7 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
       if (residual) residual = staged[0];
       if (norm) norm = staged[1];
     }
-    if (4 * (int)threadIdx.x < width && begin + 4 * (int)threadIdx.x < job.out) {
-      if (p.passing.threshold) copy_async(bounds + 4 * threadIdx.x, p.passing.threshold + begin + 4 * threadIdx.x);
-      if (p.passing.mean) copy_async(bounds + width + 4 * threadIdx.x, p.passing.mean + begin + 4 * threadIdx.x);
-      touch(job.bias, begin + 4 * threadIdx.x);
-    }
+    stage_bounds(p, job, begin, width, bounds);
     close_copies();
     wait_for_copies<0>();
   }
@@ -105,15 +146,13 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
   const float factor = load_quads<true>(
       p.input, p.rows, residual, norm, norm ? p.input.size / 4 : slice.quads(), scratch,
       [&](int q) { return norm ? 4 * q : slice.input(q); },
-      [&](int b, int q, float4 v) {
+      [&](int, int q, float4 v) {
         if (norm && p.splits > 1) {  // a sum of squares needs all; the others are not kept
           const int row = slice.row_of(q >> 3);
           if ((q >> 3) - row * p.splits != split) return;
           q = 8 * row + (q & 7);
         }
-        float* const to = x + 4 * q * B + b;
-        if (B == 1) *reinterpret_cast<float4*>(to) = v;
-        else to[0] = v.x, to[B] = v.y, to[2 * B] = v.z, to[3 * B] = v.w;
+        *reinterpret_cast<float4*>(x + 4 * q) = v;
       });
   constexpr int APART = 256;                                  // places of one step from those of the next
   u16* const ring = reinterpret_cast<u16*>(shared) + warp * RING * APART + 8 * lane;
@@ -128,19 +167,18 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
 #pragma unroll 1
     for (int s = 0; s < RING; ++s, at += groups, to += APART) {
       if (s == first_steps && sides > 1) w = p.job[1].w + from, stride = (u32)(2 * p.job[1].stride);
-      coming.next(*at, w, stride, to);
+      coming.copy(*at, w, stride, to);
+      close_copies();
     }
   }
-  float sum[B][8];
+  float sum[8];
   int step = 0;
 #pragma unroll 1
   for (int part = 0; part <= sides; ++part) {  // the first side's but the last, its last while the second's come in, the second's
     const int end = part == 0 ? first_steps - RING : part == 1 ? first_steps : all_steps;
     if (part != 1) {
 #pragma unroll
-      for (int b = 0; b < B; ++b)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sum[b][e] = 0.0f;
+      for (int e = 0; e < 8; ++e) sum[e] = 0.0f;
     }
     if (part == 1 && sides > 1) w = p.job[1].w + from, stride = (u32)(2 * p.job[1].stride);
     const Entry* at = list + step * groups + group;
@@ -151,59 +189,33 @@ AS_KERNEL(512, BLOCKS) columns_kernel(AS_PARAMETER Columns p) {
       u16* const place = ring + (step & (RING - 1)) * APART;
       const Vec8 held = *reinterpret_cast<const Vec8*>(place);
       const u32 entry = *at, after = *ahead;
-      const float* const of = x + (entry & 0xffffu) * B;
+      const float by = x[entry];
       float v[8];
 #pragma unroll
       for (int e = 0; e < 4; ++e) widen2(held.w[e], v[2 * e], v[2 * e + 1]);
 #pragma unroll
-      for (int b = 0; b < B; ++b) {
-        const float by = B == 1 || entry >> (16 + b) & 1u ? of[b] : 0.0f;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sum[b][e] += by * v[e];
-      }
-      coming.next(after, w, stride, place);
+      for (int e = 0; e < 8; ++e) sum[e] += by * v[e];
+      coming.copy(after, w, stride, place);
+      close_copies();
     }
     if (part == 0) continue;
     const int side = part - 1;
-#pragma unroll
-    for (int b = 0; b < B; ++b) {
 #pragma unroll 1
-      for (int offset = lanes; offset < 32; offset <<= 1)
+    for (int offset = lanes; offset < 32; offset <<= 1)
 #pragma unroll
-        for (int e = 0; e < 8; ++e) sum[b][e] += __shfl_xor_sync(0xffffffffu, sum[b][e], offset);
-      float* const to = results + ((side * MOST_WARPS + warp) * B + b) * width + first;
-      if (lane < lanes) {
-        *reinterpret_cast<float4*>(to) = make_float4(sum[b][0], sum[b][1], sum[b][2], sum[b][3]);
-        *reinterpret_cast<float4*>(to + 4) = make_float4(sum[b][4], sum[b][5], sum[b][6], sum[b][7]);
-      }
+      for (int e = 0; e < 8; ++e) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], offset);
+    float* const to = results + (side * MOST_WARPS + warp) * width + first;
+    if (lane < lanes) {
+      *reinterpret_cast<float4*>(to) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      *reinterpret_cast<float4*>(to + 4) = make_float4(sum[4], sum[5], sum[6], sum[7]);
     }
   }
   __syncthreads();
-  const Passing near{
-      nullptr, nullptr, nullptr, p.passing.threshold ? bounds : nullptr, p.passing.mean ? bounds + width : nullptr, 0,
-      p.passing.positive};
-#pragma unroll 1
-  for (int at = threadIdx.x; at < width * p.rows; at += THREADS) {
-    const int b = B == 1 ? 0 : at / width, place = at - b * width, output = begin + place;
-    if (output >= job.out) continue;
-    const float* const from = results + b * width + place;
-    float y = factor * sum_of_warps(from, B * width);
-    if (split == 0 && job.bias) y += job.bias[output];
-    if (p.passing.value) {
-      y = activate(p.activation, y);
-      if (sides > 1) {
-        float second = factor * sum_of_warps(from + MOST_WARPS * B * width, B * width);
-        if (p.job[1].bias) second += p.job[1].bias[output];
-        y *= activate(p.second_activation, second);
-      }
-      p.passing.value[(i64)b * p.passing.size + output] = near.sieve(y, place);
-    } else if (job.rounded) {
-      job.rounded[(i64)b * job.out + output] = narrow(y);
-    } else {
-      job.y[((i64)split * p.rows + b) * job.out + output] = y;
-    }
-  }
+  give_results(p, job, split, begin, width, bounds, [&](int side, int, int place) {
+    return factor * sum_of_warps(results + side * MOST_WARPS * width + place, width);
+  });
 }
+#endif
 
 // Adds the splits up and rounds: [S, rows, O] to [rows, O].
 struct Finish {

@@ -51,15 +51,31 @@ AS_DEVICE u16 narrow(float value) {
   return bits;
 }
 
+// sum += a b: a 16 by 8, b 8 by 8, one matrix a warp.  Lane 4 g + c gives a[g, c], a[g + 8, c], a[g, c + 4], a[g + 8, c + 4] and
+// b[c, g], b[c + 4, g], of each the sign, exponent and first ten bits; it holds sum[g, 2 c], [g, 2 c + 1], and those of g + 8.
+AS_DEVICE void multiply_heads(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+AS_DEVICE float head_of(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+
 // 16 bytes from global to shared memory, under way while the thread goes on.  A thread waits for its own copies: all but the
 // last PENDING groups of them.
 AS_DEVICE void copy_async(void* to, const void* from) {
   const u32 at = (u32)__cvta_generic_to_shared(to);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
 }
-AS_DEVICE void copy_or_zero(void* to, const void* from, bool there) {  // zeros without reading
+// Weights: zeros without reading, or what the second-level cache is to give up first, because it is not read again before the
+// next token; so it keeps what is: norms, thresholds, keys and values, instructions.
+AS_DEVICE void copy_or_zero(void* to, const void* from, bool there) {
   const u32 at = (u32)__cvta_generic_to_shared(to), bytes = there ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+  u64 once;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(at), "l"(from), "r"(bytes), "l"(once)
+               : "memory");
 }
 AS_DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>

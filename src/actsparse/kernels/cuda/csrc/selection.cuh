@@ -181,16 +181,8 @@ struct EntryOf<1> {
 };
 typedef EntryOf<B>::type Entry;
 
-// Rows that keep an input, a bit each; v: its values [B].
-AS_DEVICE u32 keepers(const float* v, float factor, float least) {
-  u32 mask = 0;
-#pragma unroll
-  for (int b = 0; b < B; ++b) mask |= absolute(v[b] * factor) < least ? 0u : 1u << b;
-  return mask;
-}
-
 // A block's kept inputs under one or two thresholds to `list`, side after side, each from a multiple of `groups` on and in the
-// order of threads; how many.  x holds the slice, [inputs, B]; `factor` times it is compared.  The threshold of local quad q is
+// order of threads; how many.  x holds the slice; `factor` times it is compared.  The threshold of local quad q is
 // quad `staged ? q : its place among all` of `threshold`.  counts: one for each warp, of MOST_WARPS.
 struct Counts {
   int first, second;
@@ -206,20 +198,15 @@ AS_DEVICE Counts keep_inputs(const Slice& slice, const float* x, float factor, c
 #pragma unroll 1
   for (int q = threadIdx.x, shift = 0; q < quads; q += THREADS, shift += 4) {
     if (slice.input(q) >= slice.size) continue;
-    float v[4 * B];
-#pragma unroll
-    for (int b = 0; b < B; ++b) {  // the quad in 16-byte pieces
-      const float4 piece = quad_at(x + 4 * q * B, b);
-      v[4 * b] = piece.x, v[4 * b + 1] = piece.y, v[4 * b + 2] = piece.z, v[4 * b + 3] = piece.w;
-    }
+    const float4 v = quad_at(x, q);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       if (side == sides) break;
       const float4 least = least_of(threshold[side], q);
-      u32 four = keepers(v, factor, least.x) ? 1u : 0u;
-      four |= keepers(v + B, factor, least.y) ? 2u : 0u;
-      four |= keepers(v + 2 * B, factor, least.z) ? 4u : 0u;
-      four |= keepers(v + 3 * B, factor, least.w) ? 8u : 0u;
+      u32 four = absolute(v.x * factor) < least.x ? 0u : 1u;
+      four |= absolute(v.y * factor) < least.y ? 0u : 2u;
+      four |= absolute(v.z * factor) < least.z ? 0u : 4u;
+      four |= absolute(v.w * factor) < least.w ? 0u : 8u;
       kept[side] |= four << shift;
     }
   }
@@ -235,14 +222,9 @@ AS_DEVICE Counts keep_inputs(const Slice& slice, const float* x, float factor, c
     Entry* to = side ? list + ((all.first + groups - 1) & ~(groups - 1)) + (before >> 16) : list + (before & 0xffff);
 #pragma unroll 1
     for (int q = threadIdx.x; bits; q += THREADS, bits >>= 4) {
-      const float4 least = B > 1 ? least_of(side ? threshold[1] : threshold[0], q) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        if (bits >> e & 1u) {
-          const float bound = e == 0 ? least.x : e == 1 ? least.y : e == 2 ? least.z : least.w;
-          const u32 mask = B > 1 ? keepers(x + (4 * q + e) * B, factor, bound) : 0;
-          *to++ = (Entry)(mask << 16 | (u32)(4 * q + e));
-        }
+        if (bits >> e & 1u) *to++ = (Entry)(4 * q + e);
     }
   }
   return all;
