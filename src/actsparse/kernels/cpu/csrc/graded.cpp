@@ -72,7 +72,7 @@ class Packed {
     tiles_ = (groups_ + tile_groups - 1) / tile_groups;
     // Long runs of lines are read fastest, but every task should get a few pieces, to even out the cores' speeds.
     const int64_t least = (tiles_ + strip_tiles - 1) / strip_tiles, quads = (tiles_ + 3) / 4;
-    strips_ = (4 * tasks + blocks_ - 1) / blocks_;
+    strips_ = (8 * tasks + blocks_ - 1) / blocks_;
     strips_ = tasks == 1 || strips_ < least ? least : strips_ < quads ? strips_ : quads;
     begins_ = arena().take<int64_t>(strips_ + 1);
     for (int64_t k = 0; k <= strips_; ++k) begins_[k] = k == strips_ ? tiles_ : tiles_ * k / strips_ / 4 * 4;
