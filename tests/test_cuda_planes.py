@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from actsparse.kernels import planes
-from actsparse.kernels.cuda import compiler, graded, round_block, tiles
+from actsparse.kernels import planes, rounding
+from actsparse.kernels.cuda import Rounder, compiler, graded, tiles
 from actsparse.kernels.cuda.launches import ACTIVATIONS, Builder
-from actsparse.methods import feedback
 from tests import cuda_emulator
 
 I, O = 1100, 584  # noqa: E741  more columns than a block looks at together; a tile and a bit, groups not whole
@@ -341,23 +339,32 @@ def test_a_product_does_not_keep_its_weights() -> None:
     assert alive() is None
 
 
-def test_columns_rounded_with_feedback(where: dict[str, Any]) -> None:
-    """As the loop on the CPU does, but for values that lie within rounding of a step."""
+@pytest.mark.parametrize("stored", [4, 6, 8])
+def test_columns_rounded(where: dict[str, Any], stored: int) -> None:
+    """As the oracle does, but for values that lie within rounding of a step."""
     g = torch.Generator().manual_seed(2)
-    inputs, outputs, begin, end, stored = 40, 192, 5, 37, 6
-    rest = torch.randn(inputs, outputs, generator=g)
-    half_range = 1.5 + torch.rand(inputs, planes.groups_of(outputs), generator=g)
-    upper = (torch.eye(inputs) + 0.1 * torch.rand(inputs, inputs, generator=g)).triu()
-    shares, gain = torch.rand(3, inputs, generator=g) / 3, 0.9 + 0.1 * torch.rand(3, generator=g)
+    inputs, outputs = 100, 192
+    x = torch.randn(300, inputs, generator=g) @ torch.randn(inputs, inputs, generator=g) / 10
+    hessian = x.T @ x / len(x) + 0.01 * torch.eye(inputs)
+    weight, shares = torch.randn(inputs, outputs, generator=g), torch.rand(1 + stored // 2, inputs, generator=g)
+    given = (
+        1.5 + torch.rand(inputs, planes.groups_of(outputs), generator=g),
+        shares / shares.sum(0),
+        0.9 + 0.1 * torch.rand(stored // 2, generator=g),
+    )
     results = []
-    for device, function in (("cpu", feedback._round_block), (where["device"], None)):
-        given = [tensor.clone().to(device) for tensor in (rest, half_range, upper, shares, gain)]
-        codes = torch.zeros(inputs, outputs, dtype=torch.uint8, device=device)
-        rounded = function or partial(round_block, **options(where, "run"))
-        errors = rounded(given[0], begin, end, stored, *given[1:], codes)
-        results.append([tensor.cpu() for tensor in (errors, codes, given[0])])
-    (errors, codes, left), (got_errors, got_codes, got_left) = results
-    same = (codes == got_codes).all(0)  # outputs are independent
+    for device, backend in (("cpu", rounding.Oracle()), (where["device"], Rounder(**options(where, "run")))):
+        columns = rounding.Columns(stored, *(tensor.to(device) for tensor in given))
+        h, w = hessian.to(device), weight.to(device)
+        rest, codes = w.clone(), torch.zeros(inputs, outputs, dtype=torch.uint8, device=device)
+        errors = backend.round_block(columns, 5, 87, 0.05 * h.triu(1), w, rest, codes)
+        first = codes.clone()
+        as_read, whole = backend.code_errors(columns, w, codes)
+        stood = torch.zeros_like(w)
+        backend.descend_block(columns, 3, 90, h, 0.4, w, codes, as_read, whole, stood)
+        results.append([tensor.cpu() for tensor in (first, codes, errors, rest, as_read, whole, stood)])
+    expected, got = results
+    same = (expected[0] == got[0]).all(0) & (expected[1] == got[1]).all(0)  # outputs are independent
     assert float(same.float().mean()) > 0.95
-    assert torch.allclose(errors[:, same], got_errors[:, same], atol=1e-5)
-    assert torch.allclose(left[:, same], got_left[:, same], atol=1e-5)
+    for one, other in zip(expected[2:], got[2:], strict=True):
+        assert torch.allclose(one[:, same], other[:, same], atol=2e-5)

@@ -32,7 +32,7 @@ from actsparse.calibration.forecast import forecast_theta, forecast_tokens, kept
 from actsparse.calibration.presets import QUALITIES, default_tokens, stored_for
 from actsparse.kernels.planes import STORED
 from actsparse.methods.base import HEAD, MethodError
-from actsparse.methods.feedback import energy_shares, round_with_feedback
+from actsparse.methods.feedback import curvature_of, energy_shares, round_with_feedback
 from actsparse.methods.graded import (
     DENSE_BITS,
     HEAD_WEIGHT,
@@ -57,12 +57,12 @@ from actsparse.runtime.packed import digest_of, open_packed, tensors_of
 
 WINDOW = 512
 DEFAULT_TEXT = Path(__file__).parent / "default.jsonl"
-# What error feedback makes good is a mixture of the error as read and of the error of every plane. The first alone serves
-# decoding on paper; the codes then stray from the weights, which prompts that read every plane pay for (docs/graded.md).
-BLEND = 0.5
+# What rounding makes good is a mixture of the error as read and, so much of it, of the error of every plane. The first alone
+# serves decoding on paper; the codes then stray from the weights, which prompts that read every plane pay for (docs/graded.md).
+PROMPTS = 0.5
 _COPIED = (".json", ".jinja", ".model", ".txt")
 # Raise it when the same inputs give other bytes.
-RECIPE = 3
+RECIPE = 4
 # Where an unfinished run keeps its forecast.
 _THETA = "theta.json"
 # The name of plans that read every plane: quantisation and nothing else.
@@ -357,13 +357,13 @@ class _Run:
                 else center_of(x, list(zip(units, nearest, strict=True)), theta=theta)
             )
             deviation = x - center
-            hessian = deviation.T @ deviation / len(deviation)
+            curvature = curvature_of(deviation.T @ deviation / len(deviation))
             for name, weight, unit, sensitivity in zip(names, weights, units, sensitive, strict=True):
                 shares = torch.zeros(stored // 2 + 1, len(center), device=x.device)
                 shares[-1] = 1
                 if theta is not None:
-                    shares = BLEND * energy_shares(deviation, unit * theta) + (1 - BLEND) * shares
-                packed, stood = round_with_feedback(weight, stored, hessian, shares)
+                    shares = energy_shares(deviation, unit * theta)
+                packed, stood = round_with_feedback(weight, stored, curvature, shares, PROMPTS)
                 reading = reading_of(x, unit_of(stood, packed, sensitivity), packed, center)
                 path = self._path(activity.layer, name)
                 tensors |= {f"{path}.{part}": tensor for part, tensor in tensors_of(packed).items()}

@@ -9,7 +9,7 @@ import torch
 
 from actsparse.calibration.activity import Progress, activities
 from actsparse.methods.base import HEAD
-from actsparse.methods.feedback import ROW_GROUP, round_rows_with_feedback
+from actsparse.methods.feedback import ROW_GROUP, curvature_of, round_rows_with_feedback
 from actsparse.methods.graded import by_input
 from actsparse.models import sites
 
@@ -32,11 +32,11 @@ def rounded_copy(
     layers, taken = sites.layers_of(result), 0.0
     for activity in activities(model, tokens, progress=progress):
         for names, x in by_input(activity.inputs):
-            hessian = x.T @ x / len(x)
+            curvature = curvature_of(x.T @ x / len(x))
             for name in names:
                 head = activity.layer == HEAD
                 product = result.get_output_embeddings() if head else layers[activity.layer].linear(name)
-                rounded, taken = round_rows_with_feedback(product.weight.detach(), bits, hessian, group)
+                rounded, taken = round_rows_with_feedback(product.weight.detach(), bits, curvature, group)
                 # A new tensor: a head that is tied to the embedding leaves it as it is.
                 product.weight = torch.nn.Parameter(rounded.to(product.weight.dtype), requires_grad=False)
     return result, taken

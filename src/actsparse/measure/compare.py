@@ -32,7 +32,7 @@ from actsparse.models.text import TextError, Windows
 from actsparse.plan import Plan, PlanError
 
 # Raise it when a cell's content changes for the same inputs.
-_PROTOCOL = 4
+_PROTOCOL = 5
 
 
 class Progress(Protocol):

@@ -61,25 +61,31 @@ def round_nearest(weight: torch.Tensor, stored: int, level_weight: torch.Tensor 
 
 
 def each_block(work: Callable[[slice], _Result], outputs: int, inputs: int, device: torch.device) -> Sequence[_Result]:
-    """``work`` of every block of columns, in their order; on a CPU a thread each, as many as torch has.
-
-    Threads that share a block would wait for each other at every step of it, a step being some microseconds: on a busy
-    machine that took fifteen times as long.
-    """
+    """``work`` of every block of columns, in their order; see :func:`each_slice`."""
     size = max(8, _BLOCK // outputs)
-    blocks = [slice(at, min(at + size, inputs)) for at in range(0, inputs, size)]
-    threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
-    if threads == 1:
-        return [work(block) for block in blocks]
+    return each_slice(work, [slice(at, min(at + size, inputs)) for at in range(0, inputs, size)], device)
+
+
+def each_slice(work: Callable[[slice], _Result], slices: Sequence[slice], device: torch.device) -> Sequence[_Result]:
+    """``work`` of every slice, in their order; on a CPU a thread each, as many as torch has.
+
+    Threads that share a slice would wait for each other at every step of it, a step being some microseconds: on a busy
+    machine that took fifteen times as long.  And nothing that is computed hangs on how many threads there are.
+    """
+    threads = min(torch.get_num_threads(), len(slices)) if device.type == "cpu" else 1
     inference, before = torch.is_inference_mode_enabled(), torch.get_num_threads()
 
-    def alone(block: slice) -> _Result:
+    def alone(part: slice) -> _Result:
         with torch.inference_mode(inference), torch.no_grad():  # a thread has modes of its own
-            return work(block)
+            return work(part)
 
     try:
+        if threads == 1:
+            if device.type == "cpu":
+                torch.set_num_threads(1)
+            return [alone(part) for part in slices]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(alone, blocks))
+            return list(pool.map(alone, slices))
     finally:
         torch.set_num_threads(before)
 

@@ -8,6 +8,7 @@ from .loading import MAX_BATCH, available_isas, isa, library, missing, reset_sta
 from .memory import ReadTest, read_bandwidth, use_huge_pages
 from .packed import graded_linear, has_many_rows, many_rows, packed_obstacle, packed_of, unpack_columns
 from .products import gated_ffn, linear, linear_rows, time_calls
+from .rounding import Rounder
 from .statistics import channel_statistics, core_statistics
 from .structures import (
     ACTIVATIONS,
@@ -28,7 +29,8 @@ from .structures import (
 )
 
 __all__ = [
-    "ACTIVATIONS", "DTYPES", "FFN", "MAX_BATCH", "ROWS", "Call", "Decoder", "Layer", "Matrix", "Norm", "ReadTest", "Stats",
+    "ACTIVATIONS", "DTYPES", "FFN", "MAX_BATCH", "ROWS", "Call", "Decoder", "Layer", "Matrix", "Norm", "ReadTest", "Rounder",
+    "Stats",
     "activation_code", "available_isas", "channel_statistics", "core_statistics", "decode_step", "decode_together",
     "decoder_of", "ffn_of", "gated_ffn", "graded_linear", "has_many_rows", "isa", "layer_of", "layout_of", "library",
     "linear", "linear_rows", "many_rows", "matrix_of", "missing", "norm_of", "packed_obstacle", "packed_of",

@@ -10,9 +10,9 @@ from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_voi
 
 import torch
 
-from .structures import FFN, Call, Decoder, Matrix, Stats
+from .structures import FFN, Call, Decoder, Matrix, Rounding, Stats
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 MAX_BATCH = 8
 
 
@@ -44,6 +44,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("as_unpack", [POINTER(Matrix), i64, i64, i32, pointer, i32], i32),
         ("as_many_rows", [POINTER(Matrix), pointer, pointer, i64], i32),
         ("as_has_many_rows", [], i32),
+        ("as_round_block", [POINTER(Rounding), pointer, pointer, pointer], i32),
+        ("as_code_errors", [POINTER(Rounding), pointer, pointer, pointer], i32),
+        ("as_descend_block", [POINTER(Rounding), c_float, *[pointer] * 6], i32),
         ("as_decode_step", [POINTER(Decoder), i64, i64, pointer, POINTER(Stats)], i32),
         ("as_decode_together", [pointer, pointer, pointer, i64, pointer, POINTER(Stats)], i32),
         (

@@ -40,6 +40,24 @@ class Matrix(Structure):
     keep: tuple[Any, ...]
 
 
+class Rounding(Structure):
+    """``as_rounding``: a block of columns that is rounded to nested codes."""
+
+    _fields_ = [
+        ("columns", c_int64),
+        ("outputs", c_int64),
+        ("groups", c_int64),
+        ("stored", c_int32),
+        ("half_range", c_void_p),
+        ("shares", c_void_p),
+        ("shares_stride", c_int64),
+        ("gain", c_void_p),
+        ("matrix", c_void_p),
+        ("matrix_stride", c_int64),
+        ("codes", c_void_p),
+    ]
+
+
 class Stats(Structure):
     """``as_stats``: work done, summed over the calls that are given it."""
 

@@ -7,11 +7,10 @@ from . import decoder, graded, many
 from .compiler import DTYPES, CudaError, architecture, device_obstacle, driver_version, missing
 from .obstacles import ffn_obstacle, layout_obstacle, linear_obstacle
 from .products import gated_ffn, linear
-from .rounding import round_block
+from .rounding import Rounder
 from .tiles import Tiles, packed_of, tiles_of
 
 __all__ = [
-    "DTYPES", "CudaError", "Tiles", "architecture", "decoder", "device_obstacle", "driver_version", "ffn_obstacle",
-    "gated_ffn", "graded", "layout_obstacle", "linear", "linear_obstacle", "many", "missing", "packed_of", "round_block",
-    "tiles_of",
+    "DTYPES", "CudaError", "Rounder", "Tiles", "architecture", "decoder", "device_obstacle", "driver_version", "ffn_obstacle",
+    "gated_ffn", "graded", "layout_obstacle", "linear", "linear_obstacle", "many", "missing", "packed_of", "tiles_of",
 ]  # fmt: skip

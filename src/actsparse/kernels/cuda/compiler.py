@@ -34,7 +34,7 @@ SOURCES = (
     "rounding.cuh",
     "cut.cuh",
 )
-KERNELS = ("rows", "columns", "finish", "attention", "embedding", "planes", "unpack", "rounding", "cut")
+KERNELS = ("rows", "columns", "finish", "attention", "embedding", "planes", "unpack", "rounding", "descent", "cut")
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 OLDEST = 80  # compute capability: bfloat16 arithmetic
 _SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN

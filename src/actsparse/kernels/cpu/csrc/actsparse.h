@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define AS_ABI_VERSION 9
+#define AS_ABI_VERSION 10
 #define AS_MAX_BATCH 8
 #define AS_API __attribute__((visibility("default")))
 
@@ -123,6 +123,20 @@ typedef struct as_call {  // one product or block at batch 1: ffn, or w with row
   void* y;
 } as_call;
 
+// A block of a matrix's columns that is rounded to nested codes; what belongs to a weight lies in [columns, outputs].
+typedef struct {
+  int64_t columns, outputs, groups;  // columns at most AS_ROUNDING_COLUMNS where `matrix` is used; outputs = 64 groups
+  int32_t stored;                    // bits of a code: 4, 6 or 8
+  const float* half_range;           // [columns, groups]
+  const float* shares;               // [1 + stored / 2, columns], of input energy that is read at each level, 0 (skipped) first
+  int64_t shares_stride;
+  const float* gain;                 // [stored / 2]
+  const float* matrix;               // [columns, columns]: the factor of feedback, or the Hessian
+  int64_t matrix_stride;
+  uint8_t* codes;
+} as_rounding;
+#define AS_ROUNDING_COLUMNS 128
+
 AS_API int32_t as_abi_version(void);
 // Takes the addresses of torch's torch_parallel_for and torch_get_num_threads (torch >= 2.10); NULL = run serially.
 AS_API void as_set_threads(void* torch_parallel_for, void* torch_get_num_threads);
@@ -143,6 +157,16 @@ AS_API int32_t as_unpack(const as_matrix* w, int64_t begin, int64_t end, int32_t
 // sums in float32. Whether the instruction set in use has it: as_has_many_rows.
 AS_API int32_t as_many_rows(const as_matrix* w, const void* x, void* y, int64_t rows);
 AS_API int32_t as_has_many_rows(void);
+// Rounds a block of weights, each column's error passed on to those after it by the factor's rows. `rest` holds the weights and what
+// those before the block moved them by; it becomes what each column stood at. `errors`: what codes leave of weights as they are read.
+AS_API int32_t as_round_block(const as_rounding* block, const float* weight, float* rest, float* errors);
+// What codes leave of weights: as they are read on average, and with every plane.
+AS_API int32_t as_code_errors(const as_rounding* block, const float* weight, float* as_read, float* whole);
+// One sweep of coordinate descent over a block: codes that cost less replace the present ones, errors follow. `read_pull` and
+// `whole_pull` are the Hessian's rows of the block times the errors of all columns; `prompts` is the weight of the whole error.
+// `stood` becomes the weights that would leave nothing to gain.
+AS_API int32_t as_descend_block(const as_rounding* block, float prompts, const float* weight, float* as_read, float* whole,
+                                const float* read_pull, const float* whole_pull, float* stood);
 AS_API int32_t as_ffn_forward(const as_ffn* ffn, const void* x, void* y, int64_t batch, int32_t io_dtype, as_stats* stats);
 // One token: embeds `token`, appends to the caches at `position`, writes float32 logits [vocab].
 AS_API int32_t as_decode_step(const as_decoder* decoder, int64_t token, int64_t position, float* logits, as_stats* stats);

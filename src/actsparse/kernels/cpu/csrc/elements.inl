@@ -233,4 +233,5 @@ uint64_t read(const void* data, int64_t bytes) {
   return all;
 }
 
-const IsaOps table = {Vec::name, Vec::lanes, arrange, dot_rows, add_rows, widen, narrow, activate, keep, rectify, tally, normalise, softmax, read};
+const IsaOps table = {Vec::name, Vec::lanes, arrange, dot_rows, add_rows, widen, narrow, activate, keep, rectify, tally, normalise, softmax, read,
+                      round_block, code_errors, descend_block};

@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "actsparse.h"
+
 struct IsaOps {
   const char* name;
   int lanes;
@@ -30,6 +32,11 @@ struct IsaOps {
   void (*normalise)(int32_t kind, const float* x, const float* weight, const float* bias, float eps, int64_t n, float* y);
   void (*softmax)(float* x, float scale, int64_t n);
   uint64_t (*read)(const void* data, int64_t bytes);
+  // As as_round_block and those after it.
+  void (*round_block)(const as_rounding* block, const float* weight, float* rest, float* errors);
+  void (*code_errors)(const as_rounding* block, const float* weight, float* as_read, float* whole);
+  void (*descend_block)(const as_rounding* block, float prompts, const float* weight, float* as_read, float* whole,
+                        const float* read_pull, const float* whole_pull, float* stood);
 };
 
 // NULL when the file was compiled for another architecture.

@@ -63,6 +63,7 @@ struct Vec {
 };
 
 #include "products.inl"
+#include "rounding.inl"
 #include "elements.inl"
 }  // namespace
 

@@ -93,6 +93,7 @@ struct Vec {
 };
 
 #include "products.inl"
+#include "rounding.inl"
 #include "elements.inl"
 }  // namespace
 
