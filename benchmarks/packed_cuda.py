@@ -2,6 +2,7 @@
 
     python benchmarks/packed_cuda.py steps 3.0 4.0 2.5 all nothing
     python benchmarks/packed_cuda.py products 3.0 all nothing
+    python benchmarks/packed_cuda.py steps 4.0 all stored=8
     python benchmarks/packed_cuda.py rows        # 8 rows at a time, and prompts of 2,048 beside cuBLAS
     python benchmarks/packed_cuda.py int4        # torch's 4-bit products alone
 
@@ -26,12 +27,12 @@ from actsparse.kernels.cuda import compiler, decoder, graded
 from actsparse.kernels.cuda.launches import ACTIVATIONS, Builder, Matrix
 from actsparse.kernels.cuda.tiles import RUN, TILE, Tiles
 
-# Shares of the columns that are read to at least one, two and three planes of two bits.
+# Shares of the columns that are read to at least one, two, three and four planes of two bits.
 DEPTHS = {
-    "2.5": (0.77, 0.43, 0.0), "3.0": (0.84, 0.585, 0.03), "4.0": (0.915, 0.775, 0.255), "all": (1.0, 1.0, 1.0),
-    "nothing": (0.0, 0.0, 0.0),
+    "2.5": (0.77, 0.43, 0.0, 0.0), "3.0": (0.84, 0.585, 0.03, 0.0), "4.0": (0.915, 0.775, 0.255, 0.0),
+    "all": (1.0, 1.0, 1.0, 1.0), "nothing": (0.0, 0.0, 0.0, 0.0),
 }  # fmt: skip
-PLANE_BITS = (2 + 8 / 64, 2.0, 2.0)  # with a group's mantissa
+PLANE_BITS = [2 + 8 / 64, 2.0, 2.0]  # with a group's mantissa; of 6 bits stored
 PRODUCTS = {
     "qkv": ((H, KV * D, KV * D), H),
     "o": ((H,), H),
@@ -45,11 +46,11 @@ ROTATED = 200e6  # bytes of weights that replays go through: L2 has 50 MB
 def thresholds(inputs: int, depths: Sequence[float]) -> Tensor:
     """Zero where a plane is read, else infinite: [L, I]."""
     drawn = torch.rand(inputs, device=DEVICE)
-    return torch.stack([torch.where(drawn < share, 0.0, float("inf")) for share in depths])
+    return torch.stack([torch.where(drawn < share, 0.0, float("inf")) for share in depths[: len(PLANE_BITS)]])
 
 
 def random_matrix(outputs: int, inputs: int, depths: Sequence[float]) -> graded.PlaneMatrix:
-    """Codes of 6 bits."""
+    """Random codes."""
     levels = len(PLANE_BITS)
     tiles = -(-outputs // TILE)
     codes = torch.randint(0, 256, (tiles, inputs, levels, RUN), dtype=torch.uint8, device=DEVICE)
@@ -225,10 +226,13 @@ def int4() -> None:
 
 
 def main() -> None:
+    stored = next((int(one.partition("=")[2]) for one in sys.argv[2:] if one in ("stored=6", "stored=8")), 6)
+    PLANE_BITS[3:] = [2.0] * (stored // 2 - 3)
+    names = [one for one in sys.argv[2:] if one != f"stored={stored}"]
     verbs = {"steps": steps, "products": products, "rows": lambda names: many_rows(), "int4": lambda names: int4()}
-    if len(sys.argv) < 2 or sys.argv[1] not in verbs or not set(sys.argv[2:]) <= DEPTHS.keys():
+    if len(sys.argv) < 2 or sys.argv[1] not in verbs or not set(names) <= DEPTHS.keys():
         raise SystemExit(__doc__)
-    verbs[sys.argv[1]](sys.argv[2:] or ["3.0"])
+    verbs[sys.argv[1]](names or ["3.0"])
 
 
 if __name__ == "__main__":

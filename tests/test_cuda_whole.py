@@ -12,7 +12,7 @@ import torch
 from actsparse.calibration.collect import Calibration
 from actsparse.cli import doctor
 from actsparse.kernels.cuda import compiler
-from actsparse.measure.bench import run
+from actsparse.measure.bench import packed, run
 from actsparse.methods import make
 from actsparse.methods.base import Targets
 from actsparse.models.text import Windows
@@ -79,3 +79,17 @@ def test_the_measurement_on_a_gpu(tiny: Callable[..., Any]) -> None:
     assert rows["chess"].error is not None
     assert rows["chess"].memory_bytes < 1.5 * rows["dense"].memory_bytes
     assert report.document()["results"][0]["decode_tok_s"] > 0
+
+
+def test_the_measurement_of_packed_weights_on_a_gpu(tiny: Callable[..., Any]) -> None:
+    config = tiny(dtype=torch.bfloat16, intermediate_size=128).config
+    model = packed.random_packed(config, 6, name="tiny")
+    plans = packed.plans_on_random_tokens(model, [3.0], tokens=256)
+    report = run.measure(model.cuda(), plans, run.Settings(16, 4, 2), say=lambda line: None)
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["hf-eager", "packed", "graded-3.0"]
+    assert rows["packed"].path == rows["graded-3.0"].path == "native"
+    assert rows["graded-3.0"].weights_read_bytes < 0.6 * rows["packed"].weights_read_bytes
+    assert rows["packed"].error is not None
+    assert rows["packed"].error < 0.01
+    assert "cublas-products" in report.skipped

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 import actsparse
 from actsparse.calibration.pack import Settings, pack
+from actsparse.cli import main
 from actsparse.models import directory, opening
 from actsparse.models.sites import ModelError
 from actsparse.plan import Plan, PlanError
@@ -203,6 +204,13 @@ def test_weights_exist_once(saved: tuple[Path, Any]) -> None:
     assert sum(stored.values()) == sum(
         parameter.numel() * parameter.element_size() for parameter in opened.parameters()
     )
+
+
+def test_bench_times_a_packed_directory_with_its_own_plan(packed: Path, capsys: Any) -> None:
+    options = ["--repeats", "1", "--new-tokens", "2", "--prompt-tokens", "4", "--no-llama-cpp", "--json"]
+    assert main(["bench", str(packed), *options]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [row["name"] for row in rows] == ["hf-eager", "packed", "graded-3.2"]
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from actsparse import kernels
 from actsparse.kernels import planes
-from actsparse.methods.rounding import residuals, round_columns, round_nearest
+from actsparse.methods.rounding import each_block, residuals, round_columns, round_nearest
 
 
 @pytest.mark.parametrize("stored", planes.STORED)
@@ -42,6 +43,20 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = round_nearest(weight, 6)
     assert torch.equal(planes.codes_of(whole), planes.codes_of(parts))
     torch.testing.assert_close(whole.gain, parts.gain)
+
+
+def test_a_gpu_is_given_few_blocks_and_unpacks_those_columns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = each_block(lambda block: (block.start, block.stop), 14336, 4096, torch.device("cuda"))
+    assert len(blocks) <= 2
+    assert blocks[0][0] == 0
+    assert blocks[-1][1] == 4096
+    packed, seen, unpack = round_nearest(torch.randn(64, 40), 6), [], planes.unpack
+    monkeypatch.setattr(planes, "unpack", lambda some, *rest: seen.append(some.inputs) or unpack(some, *rest))
+    monkeypatch.setattr(kernels, "_matrix_for", lambda *arguments: None)  # as where only the oracle runs
+    monkeypatch.setattr(kernels, "_matrices", {})
+    got = kernels.unpack_columns(packed, 7, 12, torch.float32, 4)
+    assert seen == [5]
+    assert torch.equal(got, unpack(packed, 4)[:, 7:12].T)
 
 
 def test_columns_of_zeros_and_outliers_are_sound() -> None:

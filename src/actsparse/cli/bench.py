@@ -85,8 +85,9 @@ def run(options: argparse.Namespace) -> None:
     from actsparse.measure.bench.run import Settings, measure
     from actsparse.methods import make
     from actsparse.methods.graded import DENSE_BITS, Graded
+    from actsparse.models import directory
     from actsparse.plan import Plan, PlanError
-    from actsparse.runtime.swap import open_model
+    from actsparse.runtime.swap import open_model, state_of
 
     if options.shape and options.plan:
         raise PlanError(f"plan {options.plan[0]} cannot fit the random weights of --shape: expected --method instead")
@@ -111,7 +112,11 @@ def run(options: argparse.Namespace) -> None:
             model = shapes.random_model(config, dtype, name=options.shape, device=options.device)
     else:
         what = options.model
-        model = open_model(options.model, options.dtype, options.device)
+        dtype = "auto" if directory.is_packed(options.model) else options.dtype  # codes have none
+        model = open_model(options.model, dtype, options.device)
+        state = state_of(model)
+        if state is not None and not plans and options.sparsity is None and options.bits_read is None:
+            plans = [state.plan]  # a packed directory's own
     if not plans:
         plans = _calibrate(options, model, method, targets)
     settings = Settings(options.prompt_tokens, options.new_tokens, options.repeats, options.llama_cpp)

@@ -288,7 +288,7 @@ def unpack_columns(packed: planes.Packed, begin: int, end: int, dtype: torch.dty
     known = _matrices.get(packed)
     matrix = known[1] if known is not None else _matrix_for(packed, None, None, None)
     if matrix is None or dtype not in cpu.DTYPES:
-        return planes.unpack(packed, level, dtype)[:, begin:end].T
+        return planes.unpack(planes.columns_of(packed, begin, end), level, dtype).T
     return cpu.unpack_columns(matrix, begin, end, level // 2, dtype)
 
 

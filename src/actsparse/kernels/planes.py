@@ -178,6 +178,13 @@ def _rooms(inputs: int, groups: int, levels: int, device: torch.device) -> tuple
     return record[:, :groups], tuple(record[:, begin : begin + _BYTES * groups] for begin in begins)
 
 
+def columns_of(packed: Packed, begin: int, end: int) -> Packed:
+    """Some of the columns, as views."""
+    some = slice(begin, end)
+    planes = tuple(plane[some] for plane in packed.planes)
+    return Packed(packed.out, packed.mantissa[some], planes, packed.scale[some], packed.gain)
+
+
 def codes_of(packed: Packed, level: int | None = None) -> Tensor:
     """The first ``level`` bits of the codes (all of them for None), uint8 [O, I]."""
     level = packed.stored if level is None else level

@@ -27,8 +27,9 @@ PRIOR_GAINS = {2: 0.92, 4: 0.99, 6: 1.0, 8: 1.0}
 # What an error at each level counts unless calibration says otherwise. Inputs that are read further are larger by as much as
 # the error there is smaller (that is the rule), so that all levels' shares of the error of the output are alike.
 LEVEL_WEIGHTS = {2: 1.0, 4: 16.0, 6: 256.0, 8: 4096.0}
-# Values of a block of columns: it and what is made of it stay in a core's cache from one step to the next.
-_BLOCK = 1 << 17
+# Values of a block of columns: on a CPU it and what is made of it stay in a core's cache from one step to the next, on a GPU a
+# step is a launch, and should be worth it.
+_BLOCK, _GPU_BLOCK = 1 << 17, 1 << 25
 _Result = TypeVar("_Result")
 
 
@@ -62,7 +63,7 @@ def round_nearest(weight: torch.Tensor, stored: int, level_weight: torch.Tensor 
 
 def each_block(work: Callable[[slice], _Result], outputs: int, inputs: int, device: torch.device) -> Sequence[_Result]:
     """``work`` of every block of columns, in their order; see :func:`each_slice`."""
-    size = max(8, _BLOCK // outputs)
+    size = max(8, (_BLOCK if device.type == "cpu" else _GPU_BLOCK) // outputs)
     return each_slice(work, [slice(at, min(at + size, inputs)) for at in range(0, inputs, size)], device)
 
 

@@ -280,39 +280,35 @@ def linear_rows(
     run: Run = compiler.run,
 ) -> Tensor:  # fmt: skip
     """The product for any number of rows of 16 bits, with weights that are unpacked a few at a time for the matrix library."""
-    rows = x.reshape(-1, tiles.inputs)
+    rows, shape = x.reshape(-1, tiles.inputs), (*x.shape[:-1], tiles.out)
     step = max(TILE, _SCRATCH_BYTES // (2 * tiles.inputs) // TILE * TILE)
     scratch = torch.empty(tiles.inputs * min(step, tiles.out), dtype=x.dtype, device=x.device)
-    y = torch.empty(len(rows), tiles.out, dtype=x.dtype, device=x.device)
-    read = None if thresholds is None else planes.levels_read(rows, thresholds, center)
-    base = start
-    if read is None:
-        deviation = rows
-        base = _uncentred(tiles, center, start, x.dtype, scratch, step, run)
-    else:
-        deviation = rows if center is None else (rows.float() - center).to(x.dtype)
-    for first in range(0, tiles.out, step):
-        last = min(first + step, tiles.out)
-        if read is None:
+    pieces = [(first, min(first + step, tiles.out)) for first in range(0, tiles.out, step)]
+    if thresholds is None:
+        base = _uncentred(tiles, center, start, x.dtype, scratch, pieces, run)
+        parts = []
+        for first, last in pieces:
             w = unpack(tiles, x.dtype, first=first, last=last, into=scratch, run=run)
-            if base is None:
-                torch.mm(deviation, w, out=y[:, first:last])
-            else:
-                y[:, first:last] = torch.addmm(base[first:last], deviation, w)
-            continue
+            parts.append(rows @ w if base is None else torch.addmm(base[first:last], rows, w))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(shape)
+    y = torch.empty(len(rows), tiles.out, dtype=x.dtype, device=x.device)
+    read = planes.levels_read(rows, thresholds, center)
+    deviation = rows if center is None else (rows.float() - center).to(x.dtype)
+    for first, last in pieces:
         total = torch.zeros(len(rows), last - first, dtype=torch.float32, device=x.device)
-        if base is not None:
-            total += base[first:last].float()
+        if start is not None:
+            total += start[first:last].float()
         for level in tiles.levels:
             part = torch.where(read == level // 2, deviation, torch.zeros((), dtype=x.dtype, device=x.device))
             total += part @ unpack(tiles, x.dtype, level, first=first, last=last, into=scratch, run=run)
         y[:, first:last] = total.to(x.dtype)
-    return y.view(*x.shape[:-1], tiles.out)
+    return y.view(shape)
 
 
 def _uncentred(
-    tiles: Tiles, center: Tensor | None, start: Tensor | None, dtype: torch.dtype, scratch: Tensor, step: int, run: Run
-) -> Tensor | None:
+    tiles: Tiles, center: Tensor | None, start: Tensor | None, dtype: torch.dtype, scratch: Tensor,
+    pieces: Sequence[tuple[int, int]], run: Run,
+) -> Tensor | None:  # fmt: skip
     """start - W center, rounded: many rows need not be centred then.  Made once."""
     if center is None:
         return None if start is None else start.to(dtype)
@@ -320,8 +316,7 @@ def _uncentred(
     if known is not None and known[0] is center and known[1] is start and known[2] == dtype:
         return known[3]
     base = torch.zeros(tiles.out, device=center.device) if start is None else start.float().clone()
-    for first in range(0, tiles.out, step):
-        last = min(first + step, tiles.out)
+    for first, last in pieces:
         # In float32 a few columns at a time: this happens once, and a prompt should not feel it.
         w = unpack(tiles, dtype, first=first, last=last, into=scratch, run=run)
         for begin in range(0, tiles.inputs, 1024):

@@ -128,10 +128,7 @@ def _plan(model: Any, readings: dict[str, Reading], bits: float) -> Plan:
 
 def _unit(packed: Packed) -> torch.Tensor:
     """Thresholds at theta 1, [L, I]: random columns are alike, so that a few of them stand for all."""
-    some = slice(0, _SAMPLED_COLUMNS)
-    part = Packed(
-        packed.out, packed.mantissa[some], tuple(p[some] for p in packed.planes), packed.scale[some], packed.gain
-    )
+    part = planes.columns_of(packed, 0, _SAMPLED_COLUMNS)
     left = residuals(planes.unpack(part), part).mean(1, keepdim=True)
     return unit_thresholds(left.expand(-1, packed.inputs), packed.level_bytes)
 
