@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find the fewest bits that cost this much perplexity on the text (1%%)",
     )
     names = ", ".join(f"{name} ({bits:g} bits read)" for name, bits in QUALITIES.items())
-    read.add_argument("--quality", choices=list(QUALITIES), default="balanced", help=f"{names}; default: balanced")
+    read.add_argument("--quality", choices=list(QUALITIES), help=f"{names}; default: balanced")
     parser.add_argument(
         "--text", metavar="FILE|DATASET", help="calibration text (default: a small one that comes along)"
     )
@@ -62,12 +62,14 @@ def run(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from actsparse.calibration.pack import Settings, pack
-    from actsparse.calibration.presets import QUALITIES
+    from actsparse.calibration.presets import QUALITIES, quality_for
     from actsparse.measure import card, evaluate
 
-    bits = QUALITIES[options.quality] if options.bits_read is None else options.bits_read
+    budget = options.max_ppl_increase
+    quality = options.quality or ("balanced" if budget is None else quality_for(budget))
+    bits = QUALITIES[quality] if options.bits_read is None else options.bits_read
     settings = Settings(
-        options.bits_stored, None if bits == ALL else bits, options.max_ppl_increase, options.text, options.tokens
+        options.bits_stored, None if bits == ALL else bits, budget, options.text, options.tokens
     )
     settings.check()
     set_threads(options)
@@ -86,10 +88,10 @@ def run(options: argparse.Namespace) -> None:
         f"wrote {options.output}: {size / 1e6:,.1f} MB, {settings.stored} bits stored, "
         f"{plan.settings['bits_read']:.2f} bits read per weight on {plan.text['tokens']} tokens"
     )
-    if options.max_ppl_increase is not None:
+    if budget is not None:
         print(
             f"perplexity {plan.settings['measured_ppl_increase']:+.2%} on that text, asked for at most "
-            f"{options.max_ppl_increase:.2%}"
+            f"{budget:.2%}"
         )
 
 
