@@ -68,9 +68,7 @@ def run(options: argparse.Namespace) -> None:
     budget = options.max_ppl_increase
     quality = options.quality or ("balanced" if budget is None else quality_for(budget))
     bits = QUALITIES[quality] if options.bits_read is None else options.bits_read
-    settings = Settings(
-        options.bits_stored, None if bits == ALL else bits, budget, options.text, options.tokens
-    )
+    settings = Settings(options.bits_stored, None if bits == ALL else bits, budget, options.text, options.tokens)
     settings.check()
     set_threads(options)
     with progress_bar("packing") as progress:
@@ -89,10 +87,7 @@ def run(options: argparse.Namespace) -> None:
         f"{plan.settings['bits_read']:.2f} bits read per weight on {plan.text['tokens']} tokens"
     )
     if budget is not None:
-        print(
-            f"perplexity {plan.settings['measured_ppl_increase']:+.2%} on that text, asked for at most "
-            f"{budget:.2%}"
-        )
+        print(f"perplexity {plan.settings['measured_ppl_increase']:+.2%} on that text, asked for at most {budget:.2%}")
 
 
 def _measured(options: argparse.Namespace) -> Any:
