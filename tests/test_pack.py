@@ -207,9 +207,10 @@ def test_a_budget_of_perplexity_is_met_beside_the_dense_model(
     # Little may be lost: codes of eight bits, rounded for four.
     close = str(tmp_path / "close")
     assert main(["pack", dense, "-o", close, "--max-ppl-increase", "1%", *options]) == 0
-    plan = state_of(open_model(close)).plan  # type: ignore[union-attr]
-    assert plan.settings["bits_stored"] == 8
-    assert plan.settings["measured_ppl_increase"] <= 0.01
+    state = state_of(open_model(close))
+    assert state is not None
+    assert state.plan.settings["bits_stored"] == 8
+    assert state.plan.settings["measured_ppl_increase"] <= 0.01
     assert main(["pack", dense, "-o", str(tmp_path / "none"), "--max-ppl-increase", "-0.5", *options]) == 2
     assert "perplexity increase is -0.5, expected 0 or more" in capsys.readouterr().err
 

@@ -211,6 +211,10 @@ def test_bench_times_a_packed_directory_with_its_own_plan(packed: Path, capsys: 
     assert main(["bench", str(packed), *options]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert [row["name"] for row in rows] == ["hf-eager", "packed", "graded-3.2"]
+    # What is asked for is not passed over.
+    assert main(["bench", str(packed), "--dtype", "float32", *options]) == 2
+    assert "is packed: expected auto" in capsys.readouterr().err
+    assert main(["bench", str(packed), "--method", "griffin", *options]) == 2
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -80,7 +80,7 @@ class Settings:
         bits_read: bits read per weight of the decoder layers' matrices, scales included; None for every plane, always: plain
             quantisation, which other methods' thresholds may be put on.
         max_ppl_increase: find the fewest bits that cost at most this relative increase of perplexity on the calibration text
-            (0.01 for 1 %); ``bits_read`` is then what codes are rounded for.
+            (0.01 for 1 %); ``bits_read`` is then what codes are rounded for (:func:`.presets.quality_for` says what suits).
         text: calibration text; None for the one that comes with the package.
         tokens: how many of its tokens; None for what some minutes of two cores allow, 2,048 to 16,384 (see
             :func:`.presets.default_tokens`).

@@ -33,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--shape", help="random weights of a named shape instead: llama-1b or llama-3-8b")
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="weights (default: bfloat16)",
+        help="weights (default: bfloat16; packed ones as they are)",
     )
     parser.add_argument(
         "--plan", metavar="PLAN", action="append", help="measure this plan (may be given several times)"
     )
     parser.add_argument(
-        "--method", default="chess", help=f"without a plan: one of {', '.join(METHODS)} (default: chess)"
+        "--method",
+        help=f"without a plan: one of {', '.join(METHODS)} (default: chess; a directory's own plan if it has one)",
     )
     parser.add_argument(
         "--sparsity", type=sparsity_list, help="without a plan: such as 0.3,0.5 (default: the method's)"
@@ -94,13 +94,15 @@ def run(options: argparse.Namespace) -> None:
     given = {
         name: getattr(options, name) for name in ("attention", "bits_stored") if getattr(options, name) is not None
     }
+    own = not options.plan and options.method is None and options.sparsity is None and options.bits_read is None
+    options.method = options.method or "chess"
     method = make(options.method, **given)
     targets = sparsities(options, method.sparsity)
     set_threads(options)
     plans = [Plan.load(path) for path in options.plan or []]
     if options.shape:
         what = f"{options.shape}, random weights"
-        dtype = "bfloat16" if options.dtype == "auto" else options.dtype
+        dtype = "bfloat16" if options.dtype in (None, "auto") else options.dtype
         config = shapes.config_of(options.shape)
         stored = options.bits_stored or Graded().bits_stored
         if method.name == "graded" and options.device == "cpu" and not shapes.fits_with_codes(config, dtype, stored):
@@ -112,11 +114,11 @@ def run(options: argparse.Namespace) -> None:
             model = shapes.random_model(config, dtype, name=options.shape, device=options.device)
     else:
         what = options.model
-        dtype = "auto" if directory.is_packed(options.model) else options.dtype  # codes have none
+        dtype = options.dtype or ("auto" if directory.is_packed(options.model) else "bfloat16")
         model = open_model(options.model, dtype, options.device)
         state = state_of(model)
-        if state is not None and not plans and options.sparsity is None and options.bits_read is None:
-            plans = [state.plan]  # a packed directory's own
+        if state is not None and own:
+            plans = [state.plan]
     if not plans:
         plans = _calibrate(options, model, method, targets)
     settings = Settings(options.prompt_tokens, options.new_tokens, options.repeats, options.llama_cpp)

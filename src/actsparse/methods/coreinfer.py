@@ -210,7 +210,7 @@ def part_sums(
     """
     strength = values.detach().abs() if ranking == "magnitude" else values.detach().clamp(min=0)
     level = kernels.reference.core_levels(strength, core_count(values.shape[1], alpha, sparse=sparse), alpha)
-    core = (strength >= level) & (strength > 0)
+    core = core_of(strength, level)
     # A token with fewer active neurons than its core has no level; 0 times that is 0 in the other parts.
     share = (strength.float() / level.float().clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num()
     inside = _inside(stops, values.device)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..planes import GROUP
 from . import compiler
 from .products import Run
 from .structures import Launch, pointer
@@ -52,7 +53,7 @@ class Rounder:
 
     def code_errors(self, columns: Columns, weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         # Every column at once, level by level.
-        span = columns.half_range.repeat_interleave(64, 1)
+        span = columns.half_range.repeat_interleave(GROUP, 1)
         as_read = columns.shares[0].unsqueeze(1) * weight
         for k, gain in enumerate(columns.gain):
             level = 2 * k + 2

@@ -86,7 +86,8 @@ class GpuRun:
         sparse = [row_of(plan, "transformers" if obstacle else "native", weights) for plan in self._plans]
         compiles = not packed
         if packed:
-            for name in (compiled.name, "cublas-products", "int4-products"):
+            teal = [] if self._teal is None else ["teal-kernel-products"]
+            for name in (compiled.name, "cublas-products", "int4-products", *teal):
                 self._skipped[name] = "the model is packed, and has no 16-bit weights to be compared with"
         for number in range(self._settings.repeats):
             self._say(f"round {number + 1} of {self._settings.repeats}")

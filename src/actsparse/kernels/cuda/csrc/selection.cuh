@@ -181,16 +181,28 @@ struct EntryOf<1> {
 };
 typedef EntryOf<B>::type Entry;
 
-// A block's kept inputs under one or two thresholds to `list`, side after side, each from a multiple of `groups` on and in the
-// order of threads; how many.  x holds the slice; `factor` times it is compared.  The threshold of local quad q is
-// quad `staged ? q : its place among all` of `threshold`.  counts: one for each warp, of MOST_WARPS.
 struct Counts {
   int first, second;
 };
 
+// How many inputs a block keeps of two sides, of which a thread has the bits `first` and `second`, and how many the threads
+// `before` it keep, two numbers in one.  counts: one for each warp, of MOST_WARPS.
+AS_DEVICE Counts count_kept(u32 first, u32 second, int* counts, int& before) {
+  const int mine = __popc(first) | __popc(second) << 16, upto = scan_warp(mine);
+  if ((threadIdx.x & 31) == 31) counts[threadIdx.x >> 5] = upto;
+  __syncthreads();
+  const Before others = sum_before(counts);
+  const Counts all{others.total & 0xffff, others.total >> 16};
+  before = others.before + upto - mine;
+  return all;
+}
+
+// A block's kept inputs under one or two thresholds to `list`, side after side, each from a multiple of `groups` on and in the
+// order of threads; how many.  x holds the slice; `factor` times it is compared.  The threshold of local quad q is
+// quad `staged ? q : its place among all` of `threshold`.
 AS_DEVICE Counts keep_inputs(const Slice& slice, const float* x, float factor, const float* const* threshold, int sides,
                              bool staged, int* counts, Entry* list, int groups) {
-  const int warp = threadIdx.x >> 5, quads = slice.quads();
+  const int quads = slice.quads();
   const auto least_of = [&](const float* of, int q) {
     return of ? quad_at(of, staged ? q : slice.input(q) >> 2) : make_float4(NOTHING, NOTHING, NOTHING, NOTHING);
   };
@@ -210,12 +222,8 @@ AS_DEVICE Counts keep_inputs(const Slice& slice, const float* x, float factor, c
       kept[side] |= four << shift;
     }
   }
-  const int mine = __popc(kept[0]) | __popc(kept[1]) << 16, upto = scan_warp(mine);  // two numbers in one
-  if ((threadIdx.x & 31) == 31) counts[warp] = upto;
-  __syncthreads();
-  const Before others = sum_before(counts);
-  const Counts all{others.total & 0xffff, others.total >> 16};
-  const int before = others.before + upto - mine;
+  int before;
+  const Counts all = count_kept(kept[0], kept[1], counts, before);
 #pragma unroll 1
   for (int side = 0; side < sides; ++side) {
     u32 bits = side ? kept[1] : kept[0];

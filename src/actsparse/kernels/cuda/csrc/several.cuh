@@ -78,12 +78,8 @@ AS_DEVICE uint2 load_rows(const Input& in, int rows, const Slice& slice, float* 
 
 // The inputs that any row keeps to `list`, as keep_inputs does; above 16 bits of an entry, which rows.
 AS_DEVICE Counts list_inputs(uint2 any, const u32* kept, int side_size, int sides, int* counts, Entry* list, int step) {
-  const int mine = __popc(any.x) | __popc(any.y) << 16, upto = scan_warp(mine);
-  if ((threadIdx.x & 31) == 31) counts[threadIdx.x >> 5] = upto;
-  __syncthreads();
-  const Before others = sum_before(counts);
-  const Counts all{others.total & 0xffff, others.total >> 16};
-  const int before = others.before + upto - mine;
+  int before;
+  const Counts all = count_kept(any.x, any.y, counts, before);
 #pragma unroll 1
   for (int side = 0; side < sides; ++side) {
     u32 left = side ? any.y : any.x;
