@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,18 @@ def test_help_does_not_wait_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "calibrate" in done.stdout
+
+
+@pytest.mark.parametrize(("given", "spins"), [({}, "10000"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_threads_that_wait_sleep_soon_in_this_program_alone(given: dict[str, str], spins: str) -> None:
+    code = "import os; from actsparse.cli import main; main(['models']); print('GOMP_SPINCOUNT' in os.environ)"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment = {**clean, **given, "OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if "GOMP_" not in done.stderr:
+        pytest.skip("torch brings another OpenMP library than libgomp")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_info_shows_foreign_text_plainly(plan_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
