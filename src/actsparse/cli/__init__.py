@@ -35,7 +35,7 @@ VERBS = {
 }
 
 # How often a thread of torch's OpenMP library looks for the others before it sleeps. The library's own 300,000 times are some
-# ten milliseconds: beside any busy program the waiting thread keeps the awaited one off its core. 10,000 cover a wake-up.
+# milliseconds: beside any busy program the waiting thread keeps the awaited one off its core. 10,000 cover a wake-up.
 SPINS = "10000"
 
 DESCRIPTION = "Decode language models faster by reading only the weights that each token needs."
