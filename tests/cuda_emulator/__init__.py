@@ -22,8 +22,8 @@ CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 
 @cache
-def library(dtype: torch.dtype, rows: int, group: int) -> ctypes.CDLL:
-    """The kernels compiled for one type, number of rows and size of a query group."""
+def library(dtype: torch.dtype, rows: int, head_dim: int) -> ctypes.CDLL:
+    """The kernels compiled for one type, number of rows and size of an attention head."""
     folder = Path(tempfile.mkdtemp(prefix="actsparse-emulator-"))
     target = folder / "kernels.so"
     here = Path(__file__).parent
@@ -31,7 +31,7 @@ def library(dtype: torch.dtype, rows: int, group: int) -> ctypes.CDLL:
     defines = [
         f"-DAS_DTYPE={compiler.DTYPES[dtype]}",
         f"-DAS_ROWS={rows}",
-        f"-DAS_GROUP={group}",
+        f"-DAS_HEAD_DIM={head_dim}",
         f"-DAS_RING={MACHINE.ring}",
         f"-DAS_LOT={MACHINE.lot}",
     ]
@@ -42,9 +42,9 @@ def library(dtype: torch.dtype, rows: int, group: int) -> ctypes.CDLL:
     return loaded
 
 
-def run(launches: list[Launch], device: torch.device, dtype: torch.dtype, rows: int, group: int = 1) -> None:
+def run(launches: list[Launch], device: torch.device, dtype: torch.dtype, rows: int, head_dim: int = 128) -> None:
     """As the compiler module's ``run``."""
-    kernels = library(dtype, compiled_rows(rows), group)
+    kernels = library(dtype, compiled_rows(rows), head_dim)
     for launch in launches:
         x, y = launch.grid
         getattr(kernels, launch.kernel)(

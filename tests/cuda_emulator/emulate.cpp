@@ -228,7 +228,7 @@ AS_DEVICE uint16_t narrow(float value) {
 AS_DEVICE void wait_for_previous() {}
 AS_DEVICE void let_next_start() {}
 AS_DEVICE void wait_beside() {}
-AS_DEVICE void linger() {}
+AS_DEVICE void linger(int = 0) {}
 AS_DEVICE void copy_async(void* to, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) __builtin_trap();
   Copies& mine = copies[emulate::current];
@@ -272,6 +272,7 @@ AS_DEVICE void put_steps(long long* at, long long steps) { *at = steps; }
 #include "rows.cuh"
 #include "columns.cuh"
 #include "several.cuh"
+#include "sixteen.cuh"
 #include "attention.cuh"
 #include "depths.cuh"
 #include "planes.cuh"

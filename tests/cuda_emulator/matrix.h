@@ -73,3 +73,51 @@ AS_DEVICE void multiply_heads(float (&sum)[4], const float (&a)[4], const float 
     }
   emulate::wait_warp();
 }
+
+// What each lane of the warp posts, for the others to read.
+template <size_t N>
+const std::array<uint64_t, N>* post(const std::array<uint64_t, N>& mine) {
+  static std::vector<std::array<uint64_t, N>> posted;
+  posted.resize(emulate::threads.size());
+  posted[emulate::current] = mine;
+  emulate::wait_warp();
+  return posted.data() + emulate::current / 32 * 32;
+}
+AS_DEVICE void load_either(uint32_t (&to)[4], const uint16_t* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) __builtin_trap();
+  const auto* const rows = post<1>({reinterpret_cast<uint64_t>(row)});
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  for (int m = 0; m < 4; ++m) {
+    uint32_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const int at = transposed ? 2 * c + e : g, column = transposed ? g : 2 * c + e;
+      pair[e] = reinterpret_cast<const uint16_t*>(rows[8 * m + at][0])[column];
+    }
+    to[m] = pair[0] | pair[1] << 16;
+  }
+  emulate::wait_warp();
+}
+AS_DEVICE void load_matrices(uint32_t (&to)[4], const uint16_t* row) { load_either(to, row, false); }
+AS_DEVICE void load_transposed(uint32_t (&to)[4], const uint16_t* row) { load_either(to, row, true); }
+AS_DEVICE uint32_t transposed(uint32_t pair) {
+  const auto* const pairs = post<1>({pair});
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  uint32_t v = 0;
+  for (int e = 0; e < 2; ++e) v |= (uint32_t)(pairs[4 * (2 * c + e) + g / 2][0] >> 16 * (g & 1) & 0xffffu) << 16 * e;
+  emulate::wait_warp();
+  return v;
+}
+AS_DEVICE void multiply_sixteen(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const auto* const given = post<6>({a[0], a[1], a[2], a[3], b0, b1});
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+  for (int e = 0; e < 4; ++e)
+    for (int k = 0; k < 16; ++k) {
+      const auto &from = given[4 * g + k % 8 / 2], &by = given[4 * (2 * c + (e & 1)) + k % 8 / 2];
+      float x[2], y[2];
+      widen2(from[(e >> 1) + 2 * (k / 8)], x[0], x[1]);
+      widen2(by[4 + k / 8], y[0], y[1]);
+      sum[e] += x[k & 1] * y[k & 1];
+    }
+  emulate::wait_warp();
+}
+AS_DEVICE float4 load_others(const float* from) { return {from[0], from[1], from[2], from[3]}; }

@@ -27,6 +27,7 @@ SOURCES = (
     "rows.cuh",
     "columns.cuh",
     "several.cuh",
+    "sixteen.cuh",
     "attention.cuh",
     "depths.cuh",
     "planes.cuh",
@@ -106,10 +107,10 @@ def machine(index: int) -> Machine:
     return made if made.ring == Machine().ring else replace(made, lot=made.lot // 2)
 
 
-def run(launches: list[Launch], device: torch.device, dtype: torch.dtype, rows: int, group: int = 1) -> None:
+def run(launches: list[Launch], device: torch.device, dtype: torch.dtype, rows: int, head_dim: int = 128) -> None:
     """Launch in order on torch's current stream; each may start while the one before it ends."""
     index = device.index if device.index is not None else torch.cuda.current_device()
-    functions = _functions(index, DTYPES[dtype], compiled_rows(rows), group)
+    functions = _functions(index, DTYPES[dtype], compiled_rows(rows), head_dim)
     dependent = _starts_early(index)
     stream = torch.cuda.current_stream(device).cuda_stream
     driver = _driver()
@@ -134,8 +135,8 @@ def _starts_early(index: int) -> bool:
 
 
 @cache
-def _functions(index: int, dtype: int, rows: int, group: int) -> dict[str, c_void_p]:
-    binary = compiled((architecture(index), dtype, rows, group, machine(index)))
+def _functions(index: int, dtype: int, rows: int, head_dim: int) -> dict[str, c_void_p]:
+    binary = compiled((architecture(index), dtype, rows, head_dim, machine(index)))
     driver, module = _driver(), c_void_p()
     with torch.cuda.device(index):
         torch.cuda.current_stream(index).synchronize()  # makes the device's context the current one
@@ -154,10 +155,10 @@ def _functions(index: int, dtype: int, rows: int, group: int) -> dict[str, c_voi
 
 def compiled(key: tuple[str, int, int, int, Machine]) -> bytes:
     """The machine code, from the disk where it was compiled before."""
-    architecture, dtype, rows, group, machine = key
+    architecture, dtype, rows, head_dim, machine = key
     options = [
         f"--gpu-architecture={architecture}", "--std=c++17", "--use_fast_math", f"-DAS_DTYPE={dtype}", f"-DAS_ROWS={rows}",
-        f"-DAS_GROUP={group}", f"-DAS_RING={machine.ring}", f"-DAS_LOT={machine.lot}",
+        f"-DAS_HEAD_DIM={head_dim}", f"-DAS_RING={machine.ring}", f"-DAS_LOT={machine.lot}",
     ]  # fmt: skip
     major, minor = c_int(), c_int()
     _nvrtc().nvrtcVersion(byref(major), byref(minor))

@@ -19,14 +19,12 @@ from ..rules import Rules
 from . import compiler, graded
 from .graded import PlaneInput, PlaneMatrix
 from .launches import ACTIVATIONS, Builder, Matrix, input_of
-from .machine import Machine
+from .machine import MOST_GROUP, MOST_SPLITS, Machine, attention_bytes, attention_warps
 from .obstacles import ffn_obstacle, layout_obstacle
 from .structures import Attention, Embedding, Input, Launch, Parts, pointer, vector
 
-MOST_GROUP = 8  # query heads that one block of the attention kernel serves
 MOST_HEAD_DIM = 256
 _IDENTITY = ACTIVATIONS["identity"]
-_ATTENTION_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -148,28 +146,15 @@ class Decoder:
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.cosine, self.sine = vector(cosine, self.device), vector(sine, self.device)
         self.machine = machine or compiler.machine(self.device.index)
-        self.group = self._group(layers[0].k_cache.shape[1])
+        shared = heads // kv_heads
+        # Query heads that one block of the attention kernel serves: they share what it reads.
+        self.group = next(size for size in range(min(MOST_GROUP, shared), 0, -1) if shared % size == 0)
         self.state = torch.zeros(2, dtype=torch.int32, device=self.device)
         self.logits = torch.empty(lm_head.out, dtype=torch.float32, device=self.device)
         self.launches: list[Launch] = []
         self._run = run or compiler.run
         self._built: tuple[FFN, ...] = ()
         self._graph: Any = None
-
-    def _group(self, length: int) -> int:
-        """Query heads that one block of the attention kernel serves.
-
-        As few as leave every block no more positions than it holds at a time: arithmetic is what a short cache's attention
-        takes, and more blocks share it.  A longer one's keys and values should not be read once for every head.
-        """
-        shared = self.heads // self.kv_heads
-        sizes = [size for size in range(1, MOST_GROUP + 1) if shared % size == 0]
-        held = 2 * (self.machine.lot // self.head_dim)
-
-        def splits(size: int) -> int:
-            return max(1, min(32, self.machine.processors // (self.heads // size)))
-
-        return next((size for size in sizes if splits(size) * held >= length), sizes[-1])
 
     def prepare(self) -> None:
         """Arrange the launches for the blocks as they are now; the graph is captured after the next step."""
@@ -200,7 +185,7 @@ class Decoder:
             raise
 
     def _launch(self) -> None:
-        self._run(self.launches, self.device, self.dtype, 1, self.group)
+        self._run(self.launches, self.device, self.dtype, 1, self.head_dim)
 
 
 def decoder_of(layers: list[Layer], **options: Any) -> Decoder:
@@ -275,8 +260,8 @@ class _Step:
         self._squares = graded.zero_sums(graded.SQUARES, decoder.device)
         self._sums = [self._zero_sums(("q", "k", "v")), self._zero_sums(("gate", "up"))]
         blocks = decoder.kv_heads * (decoder.heads // decoder.kv_heads // decoder.group)
-        self._splits = max(1, min(32, decoder.machine.processors // blocks))
-        room = blocks * self._splits * decoder.group * (decoder.head_dim + 2)
+        self._splits = max(1, min(MOST_SPLITS, decoder.machine.processors // blocks))
+        room = blocks * self._splits * decoder.group * (decoder.head_dim + 4)
         self._partial = torch.empty(room, dtype=torch.float32, device=decoder.device)
         self._arrived = torch.zeros(blocks, dtype=torch.int32, device=decoder.device)
         self._embed()
@@ -384,23 +369,14 @@ class _Step:
             pointer(q.values), pointer(k.values), pointer(v.values), pointer(q_norm.weight if q_norm else None),
             pointer(k_norm.weight if k_norm else None), pointer(decoder.cosine), pointer(decoder.sine),
             pointer(decoder.state), pointer(layer.k_cache), pointer(layer.v_cache), pointer(y), pointer(self._partial),
-            pointer(self._arrived), q.splits, k.splits, v.splits, decoder.heads, decoder.kv_heads, decoder.head_dim, length,
-            decoder.window, self._splits, subgroups, decoder.attention_scale, q_norm.eps if q_norm else 0.0,
+            pointer(self._arrived), q.splits, k.splits, v.splits, decoder.heads, decoder.kv_heads, length,
+            decoder.window, self._splits, subgroups, decoder.group, decoder.attention_scale, q_norm.eps if q_norm else 0.0,
             k_norm.eps if k_norm else 0.0,
         )  # fmt: skip
-        size, group = decoder.head_dim, decoder.group
-        held = decoder.machine.lot // size
-        warps = _ATTENTION_THREADS // 32
-        floats = (
-            (group + 6) * size
-            + 2 * group * held
-            + 4 * ((3 * group + 3) // 4)
-            + warps * group * size
-            + 2 * decoder.machine.lot
-        )
+        size, machine = decoder.head_dim, decoder.machine
         build.launch(
-            "attention", _ATTENTION_THREADS, 4 * floats, p, (layer, q, k, v, y, self._partial, self._arrived),
-            decoder.kv_heads * subgroups * self._splits,
+            "attention", 32 * attention_warps(machine, size), attention_bytes(machine, size, decoder.group), p,
+            (layer, q, k, v, y, self._partial, self._arrived), decoder.kv_heads * subgroups * self._splits,
         )  # fmt: skip
         attended = Parts(y, 1, decoder.heads * size)
         if isinstance(layer.o, PlaneMatrix):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_BATCH = 8
+MOST_GROUP = 8  # query heads that one block of the attention kernel serves
+MOST_SPLITS = 32  # blocks that share a head's positions
 THREADS = 512
 WARPS = THREADS // 32
 SCRATCH = 4 * WARPS  # floats of a block
@@ -23,7 +25,7 @@ class Machine:
 
     processors: int = 132
     shared_bytes: int = 227 << 10
-    lot: int = 12288
+    lot: int = 24576
 
     @property
     def ring(self) -> int:
@@ -63,3 +65,16 @@ def columns_bytes(machine: Machine, compiled: int, inputs: int, sides: int, tile
     entries = sides * (inputs + 2 * groups) + machine.ring * groups
     results = 4 * WARPS * _BESIDE // tile * compiled * (tile + 4)  # the last side's take the place of the ring
     return max(machine.ring_bytes, results) + (sides - 1) * results + 4 * (floats + entries) + sides * inputs
+
+
+def attention_warps(machine: Machine, head_dim: int) -> int:
+    """Warps of a block of the attention kernel, each of which holds 16 positions' keys and values."""
+    return max(1, min(12, machine.lot // (16 * head_dim)))
+
+
+def attention_bytes(machine: Machine, head_dim: int, group: int) -> int:
+    """Shared memory of a block of the attention kernel that serves ``group`` query heads."""
+    chunks = head_dim // 8
+    pitch = head_dim + 8 if chunks % 8 and chunks % 2 == 0 else head_dim  # csrc/attention.cuh
+    held = 16 * attention_warps(machine, head_dim)
+    return 2 * (2 * (held + group) * pitch + 3 * head_dim) + 4 * (MOST_GROUP * MOST_SPLITS + 4)

@@ -112,7 +112,7 @@ class Attention(Structure):
             "q", "k", "v", "q_norm", "k_norm", "cosine", "sine", "state", "keys", "values", "y", "partial", "arrived",
         )),
         *((name, c_int32) for name in (
-            "q_splits", "k_splits", "v_splits", "heads", "kv_heads", "head_dim", "length", "window", "splits", "subgroups",
+            "q_splits", "k_splits", "v_splits", "heads", "kv_heads", "length", "window", "splits", "subgroups", "group",
         )),
         ("scale", c_float),
         ("q_eps", c_float),

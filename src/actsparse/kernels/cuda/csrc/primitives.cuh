@@ -1,9 +1,9 @@
 // What the kernels need of the hardware.  Compiled by NVRTC without headers; with ACTSPARSE_EMULATE by a C++ compiler, whose
 // stand-ins for these few functions (the tests' emulator) run the same kernels on a CPU.
 //
-// Set by the compiling side: AS_DTYPE (1 bfloat16, 2 float16), AS_ROWS (rows of x: 1, 2, 4 or 8), AS_GROUP (query heads that
-// share a key/value head in one block), AS_RING (16-byte copies that a thread of a product has under way), AS_LOT
-// (values of keys that a block of the attention kernel holds at a time).
+// Set by the compiling side: AS_DTYPE (1 bfloat16, 2 float16), AS_ROWS (rows of x: 1, 2, 4 or 8), AS_HEAD_DIM (channels of an
+// attention head), AS_RING (16-byte copies that a thread of a product has under way), AS_LOT (values of keys that a block of
+// the attention kernel holds at a time).
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
@@ -108,9 +108,9 @@ AS_DEVICE void wait_beside() {
 }
 
 // A block without work keeps its place until the next kernel's blocks have found theirs: about four microseconds.
-AS_DEVICE void linger() {
+AS_DEVICE void linger(int cycles = 8000) {
 #if __CUDA_ARCH__ >= 900
-  const long long until = clock64() + 8000;
+  const long long until = clock64() + cycles;
   while (clock64() < until) __nanosleep(100);
 #endif
 }
