@@ -22,12 +22,13 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: ``parts`` of q, k and v, 0 for one vector of sums."""
+    """One attention: ``parts`` of q, k and v, 0 for one vector of sums; ``subgroups`` blocks of ``group`` heads to a key."""
 
     head_dim: int
     group: int
     position: int
     kv_heads: int = 2
+    subgroups: int = 1
     window: int = 0
     parts: int = 1
     norms: bool = False
@@ -42,6 +43,7 @@ CASES = [
     Case(64, 8, 700, parts=0, norms=True),
     Case(128, 4, 128, parts=3, norms=True),
     Case(128, 7, 300, parts=0, dtype=torch.float16),
+    Case(64, 3, 130, subgroups=2, parts=4),
     Case(96, 3, 200, rotary=False),
     Case(256, 2, 150, parts=2, norms=True, dtype=torch.float16),
     Case(72, 1, 40, parts=5),
@@ -68,11 +70,12 @@ def test_attention_agrees_with_float64(place: str, case: Case) -> None:
     if place == "emulated" and cuda_emulator.CXX is None:
         pytest.skip("no C++ compiler to emulate the kernels with")
     device = torch.device("cuda", 0) if place == "gpu" else torch.device("cpu")
+    d, kv, length, blocks = case.head_dim, case.kv_heads, case.position + 3, case.kv_heads * case.subgroups
     # Several blocks to a head, several lots to a warp.
-    machine = compiler.machine(0) if place == "gpu" else replace(cuda_emulator.MACHINE, processors=3 * case.kv_heads)
+    machine = compiler.machine(0) if place == "gpu" else replace(cuda_emulator.MACHINE, processors=3 * blocks)
     run = compiler.run if place == "gpu" else cuda_emulator.run
     g = torch.Generator().manual_seed(7)
-    d, kv, heads, length = case.head_dim, case.kv_heads, case.kv_heads * case.group, case.position + 3
+    heads = blocks * case.group
 
     def made(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g).to(device)
@@ -92,19 +95,20 @@ def test_attention_agrees_with_float64(place: str, case: Case) -> None:
 
     y, state = torch.full((heads * d,), float("nan"), device=device), made(2).int()
     state[1] = case.position
-    splits = max(1, min(MOST_SPLITS, machine.processors // kv))
-    partial = torch.full((kv * splits * case.group * (d + 4),), float("nan"), device=device)
-    arrived = torch.zeros(kv, dtype=torch.int32, device=device)
+    splits = max(1, min(MOST_SPLITS, machine.processors // blocks))
+    partial = torch.full((blocks * splits * case.group * (d + 4),), float("nan"), device=device)
+    arrived = torch.zeros(blocks, dtype=torch.int32, device=device)
     given = [x.reshape(-1) if case.parts else graded.sums_of(x.reshape(-1))[0] for x in (q, k, v)]
     p = Attention(
         *(pointer(x) for x in given), pointer(q_norm), pointer(k_norm), *(pointer(x) for x in tables or (None, None)),
         pointer(state), pointer(keys), pointer(values), pointer(y), pointer(partial), pointer(arrived),
-        case.parts, case.parts, case.parts, heads, kv, length, case.window, splits, 1, case.group, d**-0.5, EPS, EPS,
+        case.parts, case.parts, case.parts, heads, kv, length, case.window, splits, case.subgroups, case.group,
+        d**-0.5, EPS, EPS,
     )  # fmt: skip
     build = Builder(machine, device, 1)
     build.launch(
         "attention", 32 * attention_warps(machine, d), attention_bytes(machine, d, case.group), p,
-        (given, q_norm, k_norm, tables, state, keys, values, y, partial, arrived), kv * splits,
+        (given, q_norm, k_norm, tables, state, keys, values, y, partial, arrived), blocks * splits,
     )  # fmt: skip
     run(build.launches, device, case.dtype, 1, d)
 
@@ -112,7 +116,7 @@ def test_attention_agrees_with_float64(place: str, case: Case) -> None:
     for cache, new in ((keys, new_key), (values, new_value)):
         assert float((cache[:, case.position].double() - new).norm() / new.norm()) <= rounding
     seen = slice(oldest, case.position + 1)
-    query = heads_of(q, q_norm, tables, case.position).view(kv, case.group, d)
+    query = heads_of(q, q_norm, tables, case.position).view(kv, -1, d)
     scores = query @ keys[:, seen].double().transpose(1, 2) * d**-0.5
     want = (scores.softmax(-1) @ values[:, seen].double()).reshape(-1)
     got = y.double()

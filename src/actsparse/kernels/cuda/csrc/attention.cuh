@@ -167,7 +167,8 @@ AS_DEVICE float over_positions(float v, bool highest) {  // of the lanes with th
 
 // A block for every group of query heads and split of the positions, whose warps have their own positions and meet in the
 // end; the last block of a group to arrive adds the others' results up, in their order.
-AS_KERNEL(32 * ATTENTION_WARPS, 2) attention_kernel(AS_PARAMETER Attention p) {
+// Registers belong to the four parts of a multiprocessor: each has to have as many left as if its warps were a quarter.
+AS_KERNEL((ATTENTION_WARPS + 3) / 4 * 128, 2) attention_kernel(AS_PARAMETER Attention p) {
   AS_SHARED;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = lane >> 2, column = lane & 3;
   const int groups = p.kv_heads * p.subgroups, number = blockIdx.x % groups, split = blockIdx.x / groups;
