@@ -13,7 +13,16 @@ import torch
 
 from actsparse import kernels
 from actsparse.kernels import Rules, reference
-from actsparse.kernels.cuda import compiler, ffn_obstacle, layout_obstacle, linear_obstacle, machine, many, products
+from actsparse.kernels.cuda import (
+    compiler,
+    cores,
+    ffn_obstacle,
+    layout_obstacle,
+    linear_obstacle,
+    machine,
+    many,
+    products,
+)
 from tests import cuda_emulator
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -244,6 +253,26 @@ def test_what_thresholds_leave_of_many_rows(
     wrong = (got.float() - want.float()).abs() > 2 * eps * want.float().abs()
     assert not bool((wrong & ~near).any())
     assert 0.1 < float((got == 0).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "share"), [(1, 0.0), (20, 0.0), (0, 0.3), (330, 0.0)])
+@pytest.mark.parametrize("positive", [False, True])
+def test_core_neurons_of_a_text(
+    where: dict[str, Any], dtype: torch.dtype, count: int, share: float, positive: bool
+) -> None:
+    device, channels = where["device"], 330
+    x = random(75, channels, dtype=dtype, seed=1, device=device)
+    x[:, :50] = x[:, 50:51]  # ties
+    x[3, 1:] = 0
+    x[4] = 0
+    x[5, 7] = -0.0
+    # More parts than one launch counts.
+    stops = [1, 2, 5, *range(6, 75), 75]
+    want = reference.core_parts(x, stops, count, share, positive=positive)
+    got = cores.core_parts(x, stops, count, share, positive=positive, **options(where, "run"))
+    assert torch.equal(got[:, 0], want[:, 0])
+    torch.testing.assert_close(got[:, 1], want[:, 1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cats", "teal", "relu"])

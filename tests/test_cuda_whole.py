@@ -18,6 +18,7 @@ from actsparse.methods.base import Targets
 from actsparse.models.text import Windows
 from actsparse.plan import Plan
 from actsparse.runtime.decode import Decoder
+from actsparse.runtime.swap import prompts_of, sparsify
 
 pytestmark = [
     pytest.mark.cuda,
@@ -93,3 +94,34 @@ def test_the_measurement_of_packed_weights_on_a_gpu(tiny: Callable[..., Any]) ->
     assert rows["packed"].error is not None
     assert rows["packed"].error < 0.01
     assert "cublas-products" in report.skipped
+
+
+@pytest.mark.parametrize("mode", ["auto", "stability", "blend"])
+def test_neurons_of_a_text_are_chosen_on_the_gpu(mode: str, tiny: Callable[..., Any]) -> None:
+    model = tiny("llama", torch.bfloat16, max_position_embeddings=512)
+    method = make("coreinfer", mode=mode, clusters=2)
+    plan = run.calibrate_on_random_tokens(model, method, [0.5], tokens=2048, progress=lambda done, total: None)[0]
+    sparsify(model.to("cuda"), plan)
+    decoder, fresh = Decoder(model, 400), Decoder(model, 400)
+    text = torch.randint(4096, (330,), generator=torch.Generator().manual_seed(3))
+    decoder.prefill(text[:300])
+    prompts = prompts_of(model)
+    assert prompts is not None
+    session = decoder._session
+    assert session is not None
+    # The same sums choose the same neurons on a CPU.
+    rule, first = prompts.rule, len(prompts.rule.marks(prompts.rule.half(300))) if prompts.rule.halves else None
+    sums = {layer: tally.sums(first) for layer, tally in session.tallies[0].items()}
+    on_cpu = rule.choose({layer: each.cpu() for layer, each in sums.items()})
+    assert on_cpu.facts["mode"] == session.choices[0].facts["mode"]
+    for layer, neurons in on_cpu.neurons.items():
+        assert torch.equal(neurons, session.choices[0].neurons[layer].cpu())
+    # A second turn after decoded tokens, and all of it as one text.
+    token = 7
+    for _ in range(3):
+        decoder.step(token)
+    got = decoder.prefill(text[300:])
+    whole = torch.cat([text[:300], torch.full((3,), token), text[300:]])
+    want = fresh.prefill(whole)
+    assert float((got - want).norm() / want.norm()) < run.tolerance(torch.bfloat16, 2, sparse=False)
+    assert float((decoder.step(5) - fresh.step(5)).norm() / want.norm()) < 0.1

@@ -9,8 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from actsparse import restore, sparsify
+from actsparse.kernels.reference import core_parts
 from actsparse.measure.evaluate import compare_perplexity
-from actsparse.methods.coreinfer import core_level, core_of, core_sums, part_sums, strengths
+from actsparse.methods.coreinfer import core_level, core_of, core_sums, strengths
+from actsparse.methods.statistics import core_count
 from actsparse.models.caches import cache_of
 from actsparse.models.text import Windows
 from actsparse.runtime.decode import Decoder
@@ -63,11 +65,12 @@ def test_parts_of_a_text_are_summed_in_one_go(ranking):
     values = torch.randn(40, N, generator=torch.Generator().manual_seed(3)).bfloat16()
     values[7, 1:] = 0  # fewer active neurons than a core has
     stops = (1, 2, 7, 30, 40)
-    got = part_sums(values, stops, 0.2, ranking, sparse=False)
+    got = core_parts(values, stops, core_count(N, 0.2, sparse=False), 0.2, positive=ranking == "positive")
     for part, begin, stop in zip(got, [0, *stops], stops, strict=False):
         counts, sums = core_sums(values[begin:stop], 0.2, ranking, sparse=False)
-        assert torch.equal(part[0], counts)
-        torch.testing.assert_close(part[1], sums)
+        assert torch.equal(part[0, :-1], counts)
+        torch.testing.assert_close(part[1, :-1], sums)
+        assert part[:, -1].tolist() == [stop - begin] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -279,6 +279,7 @@ AS_DEVICE void put_steps(long long* at, long long steps) { *at = steps; }
 #include "unpack.cuh"
 #include "rounding.cuh"
 #include "cut.cuh"
+#include "cores.cuh"
 
 #define LAUNCHER(name, P)                                                                                     \
   extern "C" void name(const void* p, unsigned x, unsigned y, unsigned threads, unsigned shared) {            \
@@ -294,3 +295,5 @@ LAUNCHER(unpack, Unpack)
 LAUNCHER(rounding, Rounding)
 LAUNCHER(descent, Rounding)
 LAUNCHER(cut, Cut)
+LAUNCHER(levels, Levels)
+LAUNCHER(cores, Cores)

@@ -11,6 +11,7 @@ as dense PyTorch products on any device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,7 +48,7 @@ from .rules import NAMES, Rules
 
 __all__ = [
     "ACTIVATIONS", "FFN", "MAX_BATCH", "Decoder", "Layer", "Matrix", "Norm", "Rules", "available_isas",
-    "channel_statistics", "core_statistics", "cuda", "decode_step", "decode_together", "decoder_of", "explain",
+    "channel_statistics", "core_parts", "core_statistics", "cuda", "decode_step", "decode_together", "decoder_of", "explain",
     "ffn_of", "gated_ffn", "graded_linear", "graded_path", "isa", "layer_of", "linear", "matrix_of", "merged", "norm_of",
     "packed_of", "packed_on", "path_for", "planes", "portable", "read_bandwidth", "reference", "reset_stats", "select_isa",
     "stats", "unpack_columns", "use_huge_pages",
@@ -130,6 +131,13 @@ def _rows(x: Tensor) -> int:
 
 
 # ---- statistics for calibration --------------------------------------------------------------------------------------
+
+
+def core_parts(x: Tensor, stops: Sequence[int], count: int, share: float, *, positive: bool) -> Tensor:
+    """As :func:`.reference.core_parts`; on a GPU in two passes through memory where the type and size allow it."""
+    if x.device.type == "cuda" and cuda.cores.fits(x):
+        return cuda.cores.core_parts(x, stops, count, share, positive=positive)
+    return reference.core_parts(x, stops, count, share, positive=positive)
 
 
 def channel_statistics(

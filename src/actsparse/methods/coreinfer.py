@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -200,31 +199,6 @@ def core_sums(values: torch.Tensor, alpha: float, ranking: str, *, sparse: bool)
     return core_statistics(values, alpha, positive=ranking == "positive", sparse=sparse)[1:]
 
 
-def part_sums(
-    values: torch.Tensor, stops: tuple[int, ...], alpha: float, ranking: str, *, sparse: bool
-) -> torch.Tensor:
-    """:func:`core_sums` of the tokens up to each of P ``stops`` since the one before, [P, 2, N], in one go.
-
-    Away from the CPU, where each of its dozen operations costs as much for a token as for a thousand.  Strengths are compared
-    in the values' own type, in which a level is one of them.
-    """
-    strength = values.detach().abs() if ranking == "magnitude" else values.detach().clamp(min=0)
-    level = kernels.reference.core_levels(strength, core_count(values.shape[1], alpha, sparse=sparse), alpha)
-    core = core_of(strength, level)
-    # A token with fewer active neurons than its core has no level; 0 times that is 0 in the other parts.
-    share = (strength.float() / level.float().clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num()
-    inside = _inside(stops, values.device)
-    return torch.stack([inside @ core.float(), inside @ share], 1).nan_to_num()
-
-
-@lru_cache(maxsize=16)
-def _inside(stops: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Which tokens are in which part, float32 [P, T].  Kept, because sending it to a GPU waits for what that is doing."""
-    token, ends = torch.arange(stops[-1]), torch.tensor(stops)[:, None]
-    begins = torch.cat([ends.new_zeros(1, 1), ends[:-1]])
-    return ((token >= begins) & (token < ends)).float().to(device)
-
-
 def core_of(strength: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     """Which neurons are core, bool [T, N]: active and not weaker than the level [T, 1]; ties belong."""
     return (strength >= level) & (strength > 0)
@@ -308,60 +282,74 @@ class CoreRule(PromptRule):
         total = values.new_full((2, 1), len(values), dtype=torch.float32)
         return torch.cat([torch.stack(rows), total], 1)
 
-    def score_parts(self, values: torch.Tensor, stops: Sequence[int]) -> list[torch.Tensor]:
+    def score_parts(self, values: torch.Tensor, stops: Sequence[int]) -> torch.Tensor:
         if values.is_cpu or len(stops) < 2:
             return super().score_parts(values, stops)
-        rows = part_sums(values, tuple(stops), self.alpha, self.ranking, sparse=self.sparse)
-        tokens = _inside(tuple(stops), values.device).sum(1)[:, None, None].expand(-1, 2, 1)
-        return list(torch.cat([rows, tokens], 2).unbind(0))
+        count = core_count(values.shape[1], self.alpha, sparse=self.sparse)
+        return kernels.core_parts(values, stops, count, self.alpha, positive=self.ranking == "positive")
 
     def choose(self, scores: Mapping[int, torch.Tensor]) -> Choice:
-        whole = {layer: _keys(*score.sum(0)) for layer, score in scores.items()}
+        # All layers in one operation each: on a GPU a prompt is read in less time than a thousand of these take.
+        device = scores[self.layers.start].device  # of a model over several, the first layer's
+        layers = torch.stack([scores[layer].to(device) for layer in self.layers])
+        whole = _keys(layers.sum(1))
         if self.mode == "stability":
-            return Choice(self._sets(whole), {"mode": "stability"})
-        cluster = self._nearest({layer: score.sum(0)[0] for layer, score in scores.items()})
+            return self._choice(whole, {"mode": "stability"})
+        cluster = self._nearest(layers.sum(1))
         facts: dict[str, Any] = {"mode": self.mode, "cluster": self.names[cluster]}
         if self.mode == "auto":
-            own, other = self._coverage(scores)
-            tokens = max(float(scores[self.layers.start][1, 0, -1]), 1.0)  # a sequence may be padding alone
+            own, other = self._coverage(layers)
+            tokens = max(float(layers[0, 1, 0, -1]), 1.0)  # a sequence may be padding alone
             chosen = "stability" if own - other > LEAD * (tokens**-0.5 - ENOUGH**-0.5) else "similarity"
             facts |= {"mode": chosen, "own": own, "cluster_coverage": other}
         if facts["mode"] == "stability":
-            return Choice(self._sets(whole), facts)
-        of_cluster = {layer: self._frequency(layer, cluster, score) for layer, score in scores.items()}
-        if facts["mode"] == "blend":
-            of_cluster = {layer: whole[layer] + PRIOR_TOKENS * of_cluster[layer] for layer in scores}
-        return Choice(self._sets(of_cluster), facts)
+            return self._choice(whole, facts)
+        of_cluster = self._frequencies(layers.device)[:, cluster]
+        return self._choice(whole + PRIOR_TOKENS * of_cluster if facts["mode"] == "blend" else of_cluster, facts)
 
-    def _sets(self, scores: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        return {layer: best(scores[layer], count) for layer, count in self.counts.items()}
+    def _choice(self, scores: torch.Tensor, facts: Mapping[str, Any]) -> Choice:
+        """Of scores [L, N]."""
+        return Choice(dict(zip(self.layers, self._sets(scores), strict=True)), facts)
 
-    def _frequency(self, layer: int, cluster: int, like: torch.Tensor) -> torch.Tensor:
+    def _sets(self, scores: torch.Tensor) -> list[torch.Tensor]:
+        """The best of scores [L, N], per layer."""
+        counts = list(self.counts.values())
+        if len(set(counts)) == 1:
+            return list(best(scores, counts[0]).unbind(0))
+        return [best(score, count) for score, count in zip(scores, counts, strict=True)]
+
+    def _frequencies(self, device: torch.device) -> torch.Tensor:
+        """Float32 [L, K, N], sent to a device once."""
         assert self.frequency is not None
-        return self.frequency[layer - self.layers.start, cluster].to(like.device)
+        if self.frequency.device != device:
+            self.frequency = self.frequency.to(device)
+        return self.frequency
 
-    def _nearest(self, of_layers: Mapping[int, torch.Tensor]) -> int:
-        """The cluster whose mean frequencies are nearest (Euclidean) to those of counts [N + 1], at the feature layer."""
-        assert self.frequency is not None
-        counts = of_layers[self.feature_layer]
-        centres = self.frequency[self.feature_layer - self.layers.start].to(counts.device)
+    def _nearest(self, layers: torch.Tensor) -> int:
+        """The cluster whose mean frequencies are nearest (Euclidean) to those of [L, S, N + 1], at the feature layer."""
+        place = self.feature_layer - self.layers.start
+        counts, centres = layers[place, 0], self._frequencies(layers.device)[place]
         return int(torch.cdist(counts[None, :-1] / counts[-1].clamp(min=1), centres)[0].argmin())
 
-    def _coverage(self, scores: Mapping[int, torch.Tensor]) -> tuple[float, float]:
+    def _coverage(self, layers: torch.Tensor) -> tuple[float, float]:
         """How much of the second half's counts the first half's own set covers, and its cluster's set (0 to 1)."""
-        cluster = self._nearest({layer: score[0, 0] for layer, score in scores.items()})
-        own = other = total = 0.0
-        for layer, count in self.counts.items():
-            (first, strength_first), (second, _) = scores[layer]
-            if not first[-1]:
-                return 0.0, 1.0  # one token has no halves
-            total += float(second[:-1].topk(count).values.sum())
-            own += float(second[best(_keys(first, strength_first), count).long()].sum())
-            other += float(second[best(self._frequency(layer, cluster, first), count).long()].sum())
-        return (own / total, other / total) if total else (0.0, 1.0)  # nothing active: the prompt says nothing
+        first, counted = layers[:, 0], layers[:, 1, 0, :-1]
+        if not first[0, 0, -1]:
+            return 0.0, 1.0  # one token has no halves
+        cluster = self._nearest(first)
+        by = [_keys(first), self._frequencies(layers.device)[:, cluster], counted]
+        by_own, by_other, total = torch.stack([self._covered(scores, counted) for scores in by]).tolist()
+        return (by_own / total, by_other / total) if total else (0.0, 1.0)  # nothing active: the prompt says nothing
+
+    def _covered(self, scores: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """How much of ``counted`` [L, N] the sets of best scores [L, N] have together."""
+        order = torch.sort(scores, descending=True, stable=True).indices
+        counts = torch.tensor(list(self.counts.values()), device=scores.device)
+        chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+        return (counted.gather(1, order) * chosen).sum(dtype=torch.float64)
 
 
-def _keys(counts: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Counts [N + 1] with their ties broken by strength, float64 [N]: the fraction must not be lost beside the count."""
-    fraction = strength[:-1].double()
-    return counts[:-1].double() + fraction / (1 + fraction.max())
+def _keys(scores: torch.Tensor) -> torch.Tensor:
+    """Counts of [L, 2, N + 1] with their ties broken by strength, float64 [L, N]: the fraction must not be lost beside them."""
+    counts, fraction = scores[:, 0, :-1].double(), scores[:, 1, :-1].double()
+    return counts + fraction / (1 + fraction.amax(1, keepdim=True))

@@ -72,9 +72,9 @@ class PromptRule(ABC):
             float32 [S, N] on the same device.
         """
 
-    def score_parts(self, values: torch.Tensor, stops: Sequence[int]) -> list[torch.Tensor]:
-        """:meth:`score` of the tokens up to each of ``stops`` since the one before."""
-        return [self.score(values[begin:stop]) for begin, stop in zip([0, *stops], stops, strict=False)]
+    def score_parts(self, values: torch.Tensor, stops: Sequence[int]) -> torch.Tensor:
+        """:meth:`score` of the tokens up to each of P ``stops`` since the one before, [P, S, N]."""
+        return torch.stack([self.score(values[begin:stop]) for begin, stop in zip([0, *stops], stops, strict=False)])
 
     @abstractmethod
     def choose(self, scores: Mapping[int, torch.Tensor]) -> Choice:
@@ -82,9 +82,9 @@ class PromptRule(ABC):
 
 
 def best(score: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` neurons of highest score [N], int32 ascending; equal scores go to the lower index."""
+    """The ``count`` neurons of highest score [..., N], int32 ascending; equal scores go to the lower index."""
     order = torch.sort(score, descending=True, stable=True).indices
-    return order[:count].sort().values.to(torch.int32)
+    return order[..., :count].sort().values.to(torch.int32)
 
 
 def layer_range(layers: str | Sequence[int] | None) -> tuple[int, int] | None:

@@ -94,12 +94,14 @@ class Prompts:
     def stride(self) -> int:
         """Text is read so many tokens at a time by :func:`read`, from multiples of it on.
 
-        More where a forward costs much beside its tokens: where weights are paged in from their file, and most off the CPU,
-        where they may have to come from the host's memory.
+        More where a forward costs much beside its tokens: where weights are paged in from their file or come from the host's
+        memory, and most on a GPU that has them, which is done with a block before the next one's kernels are launched.
         """
         first = self.modules[0]
-        if first.host is not None or first.projection("up").weight.device.type != "cpu":
+        if first.host is not None:
             return 4 * self.rule.block
+        if first.projection("up").weight.device.type != "cpu":
+            return 8 * self.rule.block
         return 2 * self.rule.block if self.gather else self.rule.block
 
     def session(self, cache: Any) -> Session | None:
@@ -109,8 +111,9 @@ class Prompts:
 
     def attach(self, cache: Any, session: Session | None, decoded: torch.Tensor | None = None) -> None:
         """Let ``cache`` go on with ``session`` and with tokens [B, D] decoded since: for who keeps keys and values himself."""
-        if session is not None and decoded is None:
-            decoded = session.ids.new_empty(session.batch, 0)
+        if session is not None:
+            ids = session.ids
+            decoded = ids.new_empty(session.batch, 0) if decoded is None else decoded.to(ids.device)
         setattr(cache, _ATTRIBUTE, None if session is None or decoded is None else Kept(session, decoded))
 
     def expect_text(self, cache: Any) -> None:
@@ -237,13 +240,15 @@ class Prompts:
 
     def _extended(self, run: Run) -> Session:
         """The session after a text."""
-        old, ids = run.session, run.ids.cpu()
+        # The text stays where it came: bringing it to the host would wait for the forward to be through.
+        old, ids = run.session, run.ids.clone()
         real = None if run.real is None else run.real.cpu()
         if old is not None:
+            ids = ids.to(old.ids.device)
             if real is not None or old.real is not None:
                 parts = [(old.real, old.ids), (real, ids)]
                 real = torch.cat(
-                    [torch.ones_like(of, dtype=torch.bool) if one is None else one for one, of in parts], 1
+                    [torch.ones(of.shape, dtype=torch.bool) if one is None else one for one, of in parts], 1
                 )
             ids = torch.cat([old.ids, ids], 1)
         tallies = tuple({layer: rows[sequence] for layer, rows in run.fresh.items()} for sequence in range(run.batch))

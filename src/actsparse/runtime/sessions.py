@@ -26,31 +26,39 @@ UNKNOWN = -1
 class Tally:
     """One sequence's sums at one layer: of the tokens up to each mark since the one before, and of those after the last.
 
-    All are float32 [S, N]; ``rest`` is None where there are no tokens after the last mark.
+    ``blocks`` is float32 [M, S, N], ``rest`` [S, N], None where there are no tokens after the last mark.
     """
 
-    blocks: tuple[torch.Tensor, ...] = ()
+    blocks: torch.Tensor | None = None
     rest: torch.Tensor | None = None
 
     def add(self, rule: PromptRule, known: int, values: torch.Tensor) -> Tally:
         """With ``values`` [T, N] of the tokens that follow the first ``known``."""
-        blocks, rest = list(self.blocks), self.rest
         end = known + len(values)
         marks = [mark for mark in rule.marks(end) if mark > known]
         stops = [*marks, *([] if marks and marks[-1] == end else [end])]
-        for stop, score in zip(stops, rule.score_parts(values, [stop - known for stop in stops]), strict=True):
-            rest = score if rest is None else rest + score
-            if marks and stop <= marks[-1]:
-                blocks.append(rest)
-                rest = None
-        return Tally(tuple(blocks), rest)
+        parts = rule.score_parts(values, [stop - known for stop in stops])
+        if self.rest is not None:
+            parts = torch.cat([(self.rest + parts[0])[None], parts[1:]])
+        blocks = parts[: len(marks)]
+        return Tally(
+            blocks if self.blocks is None else torch.cat([self.blocks, blocks]),
+            parts[-1] if len(stops) > len(marks) else None,
+        )
+
+    def cut(self, count: int) -> Tally:
+        """Of the first ``count`` blocks alone."""
+        assert self.blocks is not None
+        return Tally(self.blocks[:count])
 
     def sums(self, first: int | None) -> torch.Tensor:
         """Over all tokens [1, S, N]; with ``first``, over the first so many blocks and over what follows [2, S, N]."""
-        pieces = [*self.blocks, *([] if self.rest is None else [self.rest])]
-        parts = [pieces] if first is None else [pieces[:first], pieces[first:]]
-        zeros = torch.zeros_like(pieces[0])
-        return torch.stack([sum(part[1:], part[0]) if part else zeros for part in parts])
+        assert self.blocks is not None
+        parts = [self.blocks] if first is None else [self.blocks[:first], self.blocks[first:]]
+        sums = torch.stack([part.sum(0) for part in parts])
+        if self.rest is not None:
+            sums[-1] += self.rest
+        return sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +124,14 @@ class Session:
         if position == 0:
             return None
         count = len(self.rule.marks(position))
-        tallies = tuple({layer: Tally(one.blocks[:count]) for layer, one in each.items()} for each in self.tallies)
+        tallies = tuple({layer: one.cut(count) for layer, one in each.items()} for each in self.tallies)
         return Session(self.owner, self.rule, tallies, self.ids[:, :position])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all sums."""
         tallies = [tally for layers in self.tallies for tally in layers.values()]
-        pieces = [piece for tally in tallies for piece in (*tally.blocks, tally.rest) if piece is not None]
+        pieces = [piece for tally in tallies for piece in (tally.blocks, tally.rest) if piece is not None]
         return sum(piece.numel() * piece.element_size() for piece in pieces)
 
 

@@ -3,7 +3,7 @@
 Nothing here decides whether a call may run natively: that is :mod:`actsparse.kernels`' part.
 """
 
-from . import decoder, graded, many
+from . import cores, decoder, graded, many
 from .compiler import DTYPES, CudaError, architecture, device_obstacle, driver_version, missing
 from .obstacles import ffn_obstacle, layout_obstacle, linear_obstacle
 from .products import gated_ffn, linear
@@ -11,6 +11,7 @@ from .rounding import Rounder
 from .tiles import Tiles, packed_of, tiles_of
 
 __all__ = [
-    "DTYPES", "CudaError", "Rounder", "Tiles", "architecture", "decoder", "device_obstacle", "driver_version", "ffn_obstacle",
-    "gated_ffn", "graded", "layout_obstacle", "linear", "linear_obstacle", "many", "missing", "packed_of", "tiles_of",
+    "DTYPES", "CudaError", "Rounder", "Tiles", "architecture", "cores", "decoder", "device_obstacle", "driver_version",
+    "ffn_obstacle", "gated_ffn", "graded", "layout_obstacle", "linear", "linear_obstacle", "many", "missing", "packed_of",
+    "tiles_of",
 ]  # fmt: skip

@@ -34,8 +34,11 @@ SOURCES = (
     "unpack.cuh",
     "rounding.cuh",
     "cut.cuh",
+    "cores.cuh",
 )
-KERNELS = ("rows", "columns", "finish", "attention", "embedding", "planes", "unpack", "rounding", "descent", "cut")
+KERNELS = (
+    "rows", "columns", "finish", "attention", "embedding", "planes", "unpack", "rounding", "descent", "cut", "levels", "cores",
+)  # fmt: skip
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 OLDEST = 80  # compute capability: bfloat16 arithmetic
 _SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
