@@ -98,7 +98,7 @@ def test_the_measurement_of_packed_weights_on_a_gpu(tiny: Callable[..., Any]) ->
 
 @pytest.mark.parametrize("mode", ["auto", "stability", "blend"])
 def test_neurons_of_a_text_are_chosen_on_the_gpu(mode: str, tiny: Callable[..., Any]) -> None:
-    model = tiny("llama", torch.bfloat16, max_position_embeddings=512)
+    model = tiny("llama", torch.bfloat16, intermediate_size=136, max_position_embeddings=512)
     method = make("coreinfer", mode=mode, clusters=2)
     plan = run.calibrate_on_random_tokens(model, method, [0.5], tokens=2048, progress=lambda done, total: None)[0]
     sparsify(model.to("cuda"), plan)
