@@ -245,9 +245,9 @@ def test_many_rows_in_bfloat16(isa: str, threads: int, stored: int, out: int, ro
     whole = np.isnan(exact.numpy())
     assert whole[5].all()
     assert not np.delete(whole, 5, 0).any()
-    # Weights, deviations, and y are rounded once each by 2^-9 of themselves; sums of float32 add inputs 2^-24.
+    # Weights, deviations, and y are rounded once each by up to 2^-8 of themselves; sums of float32 add inputs 2^-24.
     weight, deviation = planes.unpack(case.packed, None, torch.float64).abs(), (x.double() - case.center).abs()
-    allowed = (2**-8 + 2**-17 + 2 * case.packed.inputs * 2**-24) * (
+    allowed = (2**-7 + 2**-16 + 2 * case.packed.inputs * 2**-24) * (
         deviation @ weight.T + case.start.abs()
     ) + 2**-8 * exact.abs()
     error = (found.double() - exact).abs()
