@@ -215,6 +215,17 @@ def test_bench_times_a_packed_directory_with_its_own_plan(packed: Path, capsys: 
     assert main(["bench", str(packed), "--dtype", "float32", *options]) == 2
     assert "is packed: expected auto" in capsys.readouterr().err
     assert main(["bench", str(packed), "--method", "griffin", *options]) == 2
+    assert "calibrate: expected a dense model, or --plan" in capsys.readouterr().err
+
+
+def test_bench_times_another_method_on_a_saved_directory(saved: tuple[Path, Any], capsys: Any) -> None:
+    options = ["--repeats", "1", "--new-tokens", "2", "--prompt-tokens", "4", "--no-llama-cpp", "--json"]
+    assert (
+        main(["bench", str(saved[0]), "--method", "teal", "--sparsity", "0.4", "--calibration-tokens", "64", *options])
+        == 0
+    )
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [row["name"] for row in rows] == ["hf-eager", "dense", "teal"]
 
 
 @pytest.mark.parametrize("tied", [False, True])

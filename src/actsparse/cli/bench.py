@@ -86,8 +86,9 @@ def run(options: argparse.Namespace) -> None:
     from actsparse.methods import make
     from actsparse.methods.graded import DENSE_BITS, Graded
     from actsparse.models import directory
+    from actsparse.models.sites import ModelError
     from actsparse.plan import Plan, PlanError
-    from actsparse.runtime.swap import open_model, state_of
+    from actsparse.runtime.swap import open_model, restore, state_of
 
     if options.shape and options.plan:
         raise PlanError(f"plan {options.plan[0]} cannot fit the random weights of --shape: expected --method instead")
@@ -113,12 +114,17 @@ def run(options: argparse.Namespace) -> None:
         else:
             model = shapes.random_model(config, dtype, name=options.shape, device=options.device)
     else:
-        what = options.model
-        dtype = options.dtype or ("auto" if directory.is_packed(options.model) else "bfloat16")
-        model = open_model(options.model, dtype, options.device)
+        what, packed_there = options.model, directory.is_packed(options.model)
+        if packed_there and not own and not plans:
+            raise ModelError(
+                f"model {what} is packed, --method, --sparsity and --bits-read calibrate: expected a dense model, or --plan"
+            )
+        model = open_model(options.model, options.dtype or ("auto" if packed_there else "bfloat16"), options.device)
         state = state_of(model)
         if state is not None and own:
             plans = [state.plan]
+        elif state is not None:
+            restore(model)  # another method's thresholds come from the dense model
     if not plans:
         plans = _calibrate(options, model, method, targets)
     settings = Settings(options.prompt_tokens, options.new_tokens, options.repeats, options.llama_cpp)

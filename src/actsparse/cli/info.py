@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> None:
         "method": plan.method,
         "target sparsity": f"{plan.sparsity:g}",
         "scope": plan.scope,
-        **{f"setting: {name}": str(value) for name, value in plan.settings.items()},
-        **{f"prompt: {name}": str(value) for name, value in plan.prompt.items()},
+        **{f"setting: {name}": _short(value) for name, value in plan.settings.items()},
+        **{f"prompt: {name}": _short(value) for name, value in plan.prompt.items()},
         **{f"model: {name}": str(value) for name, value in asdict(plan.model).items()},
         **{f"text: {name}": str(value) for name, value in plan.text.items()},
         "written by": f"actsparse {plan.version}",
@@ -53,6 +53,10 @@ def run(options: argparse.Namespace) -> None:
             for layer in range(plan.model.layers)
         ]
         print_table("sparsity on the calibration text", ["layer", *sites], rows)
+
+
+def _short(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: str) -> str:
