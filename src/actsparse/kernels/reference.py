@@ -160,7 +160,7 @@ def core_statistics(x: Tensor, count: int, share: float, *, positive: bool) -> t
 
 
 def core_parts(x: Tensor, stops: Sequence[int], count: int, share: float, *, positive: bool) -> Tensor:
-    """Counts and sums of :func:`core_statistics` of the tokens up to each of P ``stops`` since the one before, in one go.
+    """Counts and sums of :func:`core_statistics` of finite tokens up to each of P ``stops`` since the one before, in one go.
 
     Away from the CPU, where each of its dozen operations costs as much for a token as for a thousand.  Strengths are compared
     in the values' own type, in which a level is one of them.  Returns float32 [P, 2, C + 1]; the last column counts tokens.
