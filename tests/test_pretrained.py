@@ -214,8 +214,9 @@ def test_bench_times_a_packed_directory_with_its_own_plan(packed: Path, capsys: 
     # What is asked for is not passed over.
     assert main(["bench", str(packed), "--dtype", "float32", *options]) == 2
     assert "is packed: expected auto" in capsys.readouterr().err
-    assert main(["bench", str(packed), "--method", "griffin", *options]) == 2
-    assert "calibrate: expected a dense model, or --plan" in capsys.readouterr().err
+    for asked in (["--method", "griffin"], ["--bits-read", "3"], ["--bits-stored", "8"], ["--no-attention"]):
+        assert main(["bench", str(packed), *asked, *options]) == 2
+        assert f"is packed, {asked[0].replace('--no-', '--')} would calibrate" in capsys.readouterr().err
 
 
 def test_bench_times_another_method_on_a_saved_directory(saved: tuple[Path, Any], capsys: Any) -> None:
@@ -226,6 +227,14 @@ def test_bench_times_another_method_on_a_saved_directory(saved: tuple[Path, Any]
     )
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert [row["name"] for row in rows] == ["hf-eager", "dense", "teal"]
+    # So does a setting alone: the directory's own plan is not of it.
+    read = []
+    for setting in ([], ["--no-attention", "--calibration-tokens", "64"]):
+        assert main(["bench", str(saved[0]), *setting, *options]) == 0
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+        assert [row["name"] for row in rows] == ["hf-eager", "dense", "chess"]
+        read.append(rows[-1]["weights_read_bytes"])
+    assert read[1] != read[0]
 
 
 @pytest.mark.parametrize("tied", [False, True])

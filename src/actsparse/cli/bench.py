@@ -95,7 +95,12 @@ def run(options: argparse.Namespace) -> None:
     given = {
         name: getattr(options, name) for name in ("attention", "bits_stored") if getattr(options, name) is not None
     }
-    own = not options.plan and options.method is None and options.sparsity is None and options.bits_read is None
+    asked = [name for name in ("method", "sparsity", "bits_read", *given) if getattr(options, name) is not None]
+    own = not options.plan and not asked
+    packed_there = not options.shape and directory.is_packed(options.model)
+    if packed_there and asked and not options.plan:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise ModelError(f"model {options.model} is packed, {names} would calibrate: expected a dense model, or --plan")
     options.method = options.method or "chess"
     method = make(options.method, **given)
     targets = sparsities(options, method.sparsity)
@@ -114,11 +119,7 @@ def run(options: argparse.Namespace) -> None:
         else:
             model = shapes.random_model(config, dtype, name=options.shape, device=options.device)
     else:
-        what, packed_there = options.model, directory.is_packed(options.model)
-        if packed_there and not own and not plans:
-            raise ModelError(
-                f"model {what} is packed, --method, --sparsity and --bits-read calibrate: expected a dense model, or --plan"
-            )
+        what = options.model
         model = open_model(options.model, options.dtype or ("auto" if packed_there else "bfloat16"), options.device)
         state = state_of(model)
         if state is not None and own:
