@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import actsparse
 from actsparse.cli import main
 from actsparse.cli.generate import diverged
 from actsparse.models.sites import ModelError, describe
@@ -218,6 +220,23 @@ def test_verb_generate(saved, capsys, tmp_path) -> None:
     assert compared["sparse"]["weights_read_bytes"] < compared["dense"]["weights_read_bytes"]
     assert "MB a token" in out
     assert "tokens are equal" in out or "diverge at new token" in out
+
+
+def test_compare_is_with_every_weight_where_the_directory_has_a_plan_of_its_own(
+    saved: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    directory, plan = saved
+    model, tokenizer = actsparse.load(directory, plan)
+    model.save_pretrained(tmp_path / "own")
+    tokenizer.save_pretrained(tmp_path / "own")
+    options = ["--prompt", PROMPT, "--max-new-tokens", "9", "--plan", plan, "--compare", "--json"]
+    documents = []
+    for name in (directory, str(tmp_path / "own")):
+        assert main(["generate", name, *options]) == 0
+        documents.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    for part in ("dense", "sparse"):
+        assert documents[0][part]["tokens"] == documents[1][part]["tokens"]
+        assert documents[0][part]["weights_read_bytes"] == documents[1][part]["weights_read_bytes"]
 
 
 def test_verb_generate_refuses(saved, capsys, tmp_path) -> None:

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     from actsparse.plan import Plan, PlanError
     from actsparse.runtime import generate as engine
     from actsparse.runtime.lowmemory import open_mapped
-    from actsparse.runtime.swap import open_model, sparsify
+    from actsparse.runtime.swap import open_model, restore, sparsify
 
     if options.compare and (not options.plan or options.temperature):
         wrong = "no --plan" if not options.plan else f"--temperature {options.temperature:g}"
@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
         )
 
     if options.compare and plan is not None:
+        restore(model)  # a directory may come with a plan of its own
         dense = reply()
         sparsify(model, plan)
         sparse = reply()
