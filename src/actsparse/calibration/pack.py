@@ -433,10 +433,10 @@ class _Run:
             ) from None
 
     def _key(self) -> str:
-        """What an unfinished run must share with this one to be continued."""
+        """What an unfinished run must share with this one to be continued; a budget that could not be met may be another."""
         settings = self._settings
         parts: Sequence[Any] = [
             RECIPE, self.identity.fingerprint, self._windows.digest, settings.stored, settings.bits_read,
-            settings.max_ppl_increase, str(self._model.dtype), importlib.metadata.version("actsparse"),
+            str(self._model.dtype), importlib.metadata.version("actsparse"),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest() + "\n"

@@ -122,7 +122,10 @@ def _made(plan: Plan) -> list[str]:
     lines = ["## Made", "", f"With actsparse {plan.version or 'of an unknown version'}."]
     if text.get("tokens"):
         lines[-1] += f" Thresholds are from {text['tokens']:,} tokens of {text.get('source')}."
-    settings = ", ".join(f"{name} {value}" for name, value in sorted(plan.settings.items()))
+    settings = ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in sorted(plan.settings.items())
+    )
     return [*lines, *(["", f"Settings: {settings}."] if settings else [])]
 
 
