@@ -16,7 +16,9 @@ HELP = "/quit leaves, /reset starts over, Ctrl-C stops an answer"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_model_arguments(parser)
-    parser.add_argument("--plan", metavar="PLAN", help="the plan to obey; without one as MODEL is: dense, or with its own")
+    parser.add_argument(
+        "--plan", metavar="PLAN", help="the plan to obey; without one as MODEL is: dense, or with its own"
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=512, help="of one answer, at most (default: 512)")
     parser.add_argument(
         "--context", type=positive, help="tokens to remember (default: the model's context, at most 8192)"

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_model_arguments(parser)
-    parser.add_argument("--plan", metavar="PLAN", help="the plan to obey; without one as MODEL is: dense, or with its own")
+    parser.add_argument(
+        "--plan", metavar="PLAN", help="the plan to obey; without one as MODEL is: dense, or with its own"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT|-", help="text to continue, - for standard input")
     source.add_argument("--prompt-file", metavar="FILE", help="a text file to continue")

@@ -15,7 +15,9 @@ DEFAULT_CONTEXT = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_model_arguments(parser)
-    parser.add_argument("--plan", metavar="PLAN", help="the plan to obey; without one as MODEL is: dense, or with its own")
+    parser.add_argument(
+        "--plan", metavar="PLAN", help="the plan to obey; without one as MODEL is: dense, or with its own"
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
