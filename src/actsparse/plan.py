@@ -404,6 +404,11 @@ def _short(value: object) -> str:
     return text[:16] + "..." if len(text) > 24 else text
 
 
+def short(value: object) -> str:
+    """A setting as people read it: six digits of a float."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def one_line(message: object) -> str:
     """``message`` as one printable line of at most 300 characters, its middle cut out where it is longer."""
     text = str(message)

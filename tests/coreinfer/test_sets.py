@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from actsparse import restore, sparsify
-from actsparse.kernels.reference import core_parts
+from actsparse.kernels.reference import core_of, core_parts
 from actsparse.measure.evaluate import compare_perplexity
-from actsparse.methods.coreinfer import core_level, core_of, core_sums, strengths
+from actsparse.methods.coreinfer import core_level, core_sums, strengths
 from actsparse.methods.statistics import core_count
 from actsparse.models.caches import cache_of
 from actsparse.models.text import Windows

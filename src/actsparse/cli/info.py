@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> None:
     """Show a plan."""
     from actsparse.methods.graded import DENSE_BITS
     from actsparse.models import directory
-    from actsparse.plan import Plan
+    from actsparse.plan import Plan, short
 
     of_directory = Path(options.plan).is_dir() and directory.description(options.plan) is not None
     plan = Plan.load(f"{options.plan}/{directory.PLAN}" if of_directory else options.plan)
@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> None:
         "method": plan.method,
         "target sparsity": f"{plan.sparsity:g}",
         "scope": plan.scope,
-        **{f"setting: {name}": _short(value) for name, value in plan.settings.items()},
-        **{f"prompt: {name}": _short(value) for name, value in plan.prompt.items()},
+        **{f"setting: {name}": short(value) for name, value in plan.settings.items()},
+        **{f"prompt: {name}": short(value) for name, value in plan.prompt.items()},
         **{f"model: {name}": str(value) for name, value in asdict(plan.model).items()},
         **{f"text: {name}": str(value) for name, value in plan.text.items()},
         "written by": f"actsparse {plan.version}",
@@ -53,10 +53,6 @@ def run(options: argparse.Namespace) -> None:
             for layer in range(plan.model.layers)
         ]
         print_table("sparsity on the calibration text", ["layer", *sites], rows)
-
-
-def _short(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: str) -> str:

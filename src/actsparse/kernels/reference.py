@@ -154,7 +154,7 @@ def core_statistics(x: Tensor, count: int, share: float, *, positive: bool) -> t
     """
     strength = x.float().clamp(min=0) if positive else x.float().abs()
     levels = core_levels(strength, count, share)
-    core = (strength >= levels) & (strength > 0)
+    core = core_of(strength, levels)
     sums = (strength / levels.clamp(min=torch.finfo(torch.float32).tiny)).sum(0)
     return levels[:, 0], core.sum(0).float(), sums
 
@@ -167,7 +167,7 @@ def core_parts(x: Tensor, stops: Sequence[int], count: int, share: float, *, pos
     """
     strength = x.detach().clamp(min=0) if positive else x.detach().abs()
     level = core_levels(strength, count, share)
-    core = (strength >= level) & (strength > 0)
+    core = core_of(strength, level)
     # A token with fewer active channels than its core has no level; 0 times that is 0 in the other parts.
     units = (strength.float() / level.float().clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num()
     inside = _inside(tuple(stops), x.device)
@@ -181,6 +181,11 @@ def _inside(stops: tuple[int, ...], device: torch.device) -> Tensor:
     token, ends = torch.arange(stops[-1]), torch.tensor(stops)[:, None]
     begins = torch.cat([ends.new_zeros(1, 1), ends[:-1]])
     return ((token >= begins) & (token < ends)).float().to(device)
+
+
+def core_of(strength: Tensor, level: Tensor) -> Tensor:
+    """Which channels are core, bool [T, C]: active and not weaker than the level [T, 1]; ties belong."""
+    return (strength >= level) & (strength > 0)
 
 
 def core_levels(strength: Tensor, count: int, share: float) -> Tensor:

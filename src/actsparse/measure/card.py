@@ -11,7 +11,7 @@ from typing import Any
 
 from actsparse.measure.evaluate import Comparison
 from actsparse.models import directory
-from actsparse.plan import Plan, atomic_path
+from actsparse.plan import Plan, atomic_path, short
 
 # Taken over from the dense model's own card.
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -122,10 +122,7 @@ def _made(plan: Plan) -> list[str]:
     lines = ["## Made", "", f"With actsparse {plan.version or 'of an unknown version'}."]
     if text.get("tokens"):
         lines[-1] += f" Thresholds are from {text['tokens']:,} tokens of {text.get('source')}."
-    settings = ", ".join(
-        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in sorted(plan.settings.items())
-    )
+    settings = ", ".join(f"{name} {short(value)}" for name, value in sorted(plan.settings.items()))
     return [*lines, *(["", f"Settings: {settings}."] if settings else [])]
 
 

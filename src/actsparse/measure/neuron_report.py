@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 import torch
 
+from actsparse.kernels.reference import core_of
 from actsparse.methods.base import MethodError
-from actsparse.methods.coreinfer import core_level, core_of, strengths
+from actsparse.methods.coreinfer import core_level, strengths
 from actsparse.models import sites, text
 from actsparse.plan import PlanError
 from actsparse.runtime.swap import restore

@@ -199,11 +199,6 @@ def core_sums(values: torch.Tensor, alpha: float, ranking: str, *, sparse: bool)
     return core_statistics(values, alpha, positive=ranking == "positive", sparse=sparse)[1:]
 
 
-def core_of(strength: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """Which neurons are core, bool [T, N]: active and not weaker than the level [T, 1]; ties belong."""
-    return (strength >= level) & (strength > 0)
-
-
 def cluster(features: torch.Tensor, domains: Sequence[str], clusters: str | int) -> tuple[torch.Tensor, list[str]]:
     """Labels [W] of the windows and the clusters' names.
 
@@ -283,7 +278,7 @@ class CoreRule(PromptRule):
         return torch.cat([torch.stack(rows), total], 1)
 
     def score_parts(self, values: torch.Tensor, stops: Sequence[int]) -> torch.Tensor:
-        if values.is_cpu or len(stops) < 2:
+        if values.is_cpu:
             return super().score_parts(values, stops)
         count = core_count(values.shape[1], self.alpha, sparse=self.sparse)
         return kernels.core_parts(values, stops, count, self.alpha, positive=self.ranking == "positive")
