@@ -36,10 +36,28 @@ with torch.no_grad():
     torch.save(model(torch.arange(1, 60).view(1, -1) * 7 % 4096).logits, sys.argv[2])
 print("sparse" if hasattr(model, "actsparse_state") else "dense", hasattr(model.config, "quantization_config"))
 """
-# In front of it: a process that does not find the package.
+# What a process does that does not find the package: opens DENSE and PACKED, first as transformers alone does, then with the
+# code that lies beside the weights; saves logits to FOLDER, and prints a line of what came of each.
 WITHOUT = """
-import sys
+import sys, torch
 sys.modules["actsparse"] = None
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+for trusted in (False, True):
+    for path in sys.argv[1:3]:
+        print("opening", file=sys.stderr, flush=True)
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, trust_remote_code=trusted, output_loading_info=True
+            )
+            assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"], found
+            with torch.no_grad():
+                logits = model(torch.arange(1, 60).view(1, -1) * 7 % 4096).logits
+            torch.save(logits, Path(sys.argv[3]) / f"{trusted}.pt")
+            sparse = "sparse" if hasattr(model, "actsparse_state") else "dense"
+            print(sparse, hasattr(model.config, "quantization_config"))
+        except Exception as error:
+            print(type(error).__name__, " ".join(str(error).split()))
 """
 
 
@@ -47,6 +65,11 @@ def logits(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(tokens).logits
     return result
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -214,7 +237,12 @@ def test_bench_times_a_packed_directory_with_its_own_plan(packed: Path, capsys: 
     # What is asked for is not passed over.
     assert main(["bench", str(packed), "--dtype", "float32", *options]) == 2
     assert "is packed: expected auto" in capsys.readouterr().err
-    for asked in (["--method", "griffin"], ["--bits-read", "3"], ["--bits-stored", "8"], ["--no-attention"]):
+    for asked in (
+        ["--method", "griffin"],
+        ["--bits-read", "3"],
+        ["--bits-stored", "8"],
+        ["--no-attention"],
+    ):
         assert main(["bench", str(packed), *asked, *options]) == 2
         assert f"is packed, {asked[0].replace('--no-', '--')} would calibrate" in capsys.readouterr().err
 
@@ -291,50 +319,48 @@ def test_version_1_of_packed_directories_is_still_read(packed: Path) -> None:
     assert torch.equal(logits(open_model(str(packed))), expected)
 
 
-@pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_another_process_opens_it_without_importing_the_package(
-    saved: tuple[Path, Any], packed: Path, tmp_path: Path, kind: str
-) -> None:
-    path = saved[0] if kind == "dense" else packed
-    done = run(ELSEWHERE, str(path), str(tmp_path / "logits.pt"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-2:] == ["sparse", "False"]
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(open_model(str(path))))
-
-
-def test_without_the_package_a_dense_checkpoint_is_the_dense_model(saved: tuple[Path, Any], tmp_path: Path) -> None:
-    path, model = saved
-    done = run(WITHOUT + ELSEWHERE, str(path), str(tmp_path / "logits.pt"))
-    assert done.returncode == 0, done.stderr
-    assert "actsparse is not installed" in done.stderr
-    assert "opens as the dense model" in done.stderr
-    assert done.stdout.split()[-2:] == ["dense", "False"]
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(restore(model)))
-
-
-def test_without_the_package_and_remote_code_transformers_warns_and_refuses_packed_weights(
+def test_other_processes_open_them_without_importing_the_package(
     saved: tuple[Path, Any], packed: Path, tmp_path: Path
 ) -> None:
-    native = ELSEWHERE.replace(", trust_remote_code=True", "")
-    done = run(WITHOUT + native, str(saved[0]), str(tmp_path / "logits.pt"))
+    paths = (saved[0], packed)
+    # Together: what takes long is importing transformers.
+    started = [start(ELSEWHERE, str(path), str(tmp_path / f"{path.name}.pt")) for path in paths]
+    for path, process in zip(paths, started, strict=True):
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.split()[-2:] == ["sparse", "False"]
+        assert torch.equal(torch.load(tmp_path / f"{path.name}.pt"), logits(open_model(str(path))))
+
+
+def test_without_the_package_a_dense_checkpoint_is_the_dense_model_and_packed_weights_are_refused(
+    saved: tuple[Path, Any], packed: Path, tmp_path: Path
+) -> None:
+    path, model = saved
+    done = run(WITHOUT, str(path), str(packed), str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "Unknown quantization type, got actsparse" in done.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(restore(saved[1])))
-    done = run(WITHOUT + native, str(packed), str(tmp_path / "no.pt"))
-    assert done.returncode != 0
-    assert "q_proj.weight" in done.stderr  # of another shape
-    done = run(WITHOUT + ELSEWHERE, str(packed), str(tmp_path / "no.pt"))
-    assert done.returncode != 0
-    assert "holds packed weights, which only actsparse reads: pip install actsparse" in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "no.pt").exists()
+    alone, alone_packed, beside, beside_packed = done.stdout.splitlines()
+    said = done.stderr.split("opening\n")
+    # transformers alone.
+    assert alone.split()[0] == "dense"
+    assert "Unknown quantization type, got actsparse" in said[1]
+    assert alone_packed.split()[0] not in ("dense", "sparse")
+    assert "q_proj.weight" in alone_packed + said[2]  # of another shape
+    # The code that lies beside the weights.
+    assert beside == "dense False"
+    assert "actsparse is not installed" in said[3]
+    assert "opens as the dense model" in said[3]
+    assert "holds packed weights, which only actsparse reads: pip install actsparse" in beside_packed
+    for trusted in (False, True):
+        assert torch.equal(torch.load(tmp_path / f"{trusted}.pt"), logits(restore(model)))
 
 
-@pytest.mark.parametrize("first", ["actsparse", "transformers", "torch, transformers.quantizers"])
-def test_the_order_of_imports_does_not_matter(saved: tuple[Path, Any], first: str) -> None:
-    code = f"import sys, {first}\nimport actsparse\nfrom transformers import AutoModelForCausalLM\n"
+def test_the_order_of_imports_does_not_matter(saved: tuple[Path, Any]) -> None:
+    code = "import sys, {}\nimport actsparse\nfrom transformers import AutoModelForCausalLM\n"
     code += "print(hasattr(AutoModelForCausalLM.from_pretrained(sys.argv[1]), 'actsparse_state'))"
-    done = run(code, str(saved[0]))
-    assert done.stdout.split() == ["True"], done.stderr
+    orders = ("actsparse", "transformers", "torch, transformers.quantizers")
+    for process in [start(code.format(first), str(saved[0])) for first in orders]:
+        out, err = process.communicate()
+        assert out.split() == ["True"], err
 
 
 def test_importing_the_package_alone_imports_neither_torch_nor_transformers() -> None:

@@ -35,7 +35,7 @@ def library(dtype: torch.dtype, rows: int, head_dim: int) -> ctypes.CDLL:
         f"-DAS_RING={MACHINE.ring}",
         f"-DAS_LOT={MACHINE.lot}",
     ]
-    command = [str(CXX), "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *defines, f"-I{sources}", "-o", str(target)]
+    command = [str(CXX), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *defines, f"-I{sources}", "-o", str(target)]
     subprocess.run([*command, str(here / "emulate.cpp")], check=True)
     loaded = ctypes.CDLL(str(target))
     shutil.rmtree(folder)

@@ -76,4 +76,4 @@ def model(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(blocks() if sys.argv[1] == "blocks" else model(sys.argv[1])))
+    print(json.dumps({what: blocks() if what == "blocks" else model(what) for what in sys.argv[1:]}))

@@ -167,24 +167,31 @@ OPERATORS = {
 }  # fmt: skip
 
 
-def on_a_private_device(what: str) -> dict[str, Any]:
-    """What the program of that name found in a process of its own, which has a device of its own."""
+METHODS = ("chess", "teal", "svdp")
+
+
+@pytest.fixture(scope="module")
+def on_a_private_device() -> dict[str, Any]:
+    """What a process of its own, which has a device of its own, found of blocks and of each of the models."""
     program = subprocess.run(
-        [sys.executable, "-m", "tests.svdp.private_executor", what], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-m", "tests.svdp.private_executor", "blocks", *METHODS],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert program.returncode == 0, program.stderr
     found: dict[str, Any] = json.loads(program.stdout.splitlines()[-1])
     return found
 
 
-def test_blocks_on_a_device_that_is_neither_cpu_nor_cuda() -> None:
-    found = on_a_private_device("blocks")
+def test_blocks_on_a_device_that_is_neither_cpu_nor_cuda(on_a_private_device: dict[str, Any]) -> None:
+    found = on_a_private_device["blocks"]
     assert found["worst"] < 1e-5
     assert set(found["operators"]) == OPERATORS
 
 
-@pytest.mark.parametrize("method", ["chess", "teal", "svdp"])
-def test_a_model_on_a_device_that_is_neither_cpu_nor_cuda(method: str) -> None:
-    found = on_a_private_device(method)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_on_a_device_that_is_neither_cpu_nor_cuda(on_a_private_device: dict[str, Any], method: str) -> None:
+    found = on_a_private_device[method]
     assert found["path"] == "portable"
     assert found["worst"] < 1e-5
