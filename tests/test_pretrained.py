@@ -242,6 +242,7 @@ def test_bench_times_a_packed_directory_with_its_own_plan(packed: Path, capsys: 
         ["--bits-read", "3"],
         ["--bits-stored", "8"],
         ["--no-attention"],
+        ["--calibration-tokens", "64"],
     ):
         assert main(["bench", str(packed), *asked, *options]) == 2
         assert f"is packed, {asked[0].replace('--no-', '--')} would calibrate" in capsys.readouterr().err

@@ -66,6 +66,11 @@ class Found:
     trace: list[tuple[float, float]] = field(default_factory=list)
 
 
+def percent(value: float) -> str:
+    """An increase as people read it: two decimals, or three digits where these would be too few."""
+    return f"{value:.2%}" if abs(value) >= 0.01 else f"{100 * value:.3g}%"
+
+
 def search(
     model: Any,
     solve: Callable[[float], Plan],
@@ -122,8 +127,8 @@ def search(
         good = measure(low)
         if good[1] > limit + NOTHING:
             raise CalibrationError(
-                f"the perplexity increase is {good[1]:.2%} at the least that {good[0].method} can skip, expected at most the "
-                f"{limit:.2%} asked for (more bits stored cost less)"
+                f"the perplexity increase is {percent(good[1])} at the least that {good[0].method} can skip, expected at most "
+                f"the {percent(limit)} asked for (more bits stored cost less)"
             )
     while high - low > RESOLUTION:
         middle = (low + high) / 2

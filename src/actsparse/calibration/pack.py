@@ -29,10 +29,10 @@ from actsparse.calibration.activity import Activity, Progress, activities, withi
 from actsparse.calibration.budget import Budget, Score, search
 from actsparse.calibration.collect import load_calibration_windows
 from actsparse.calibration.forecast import forecast_theta, forecast_tokens, kept_theta
-from actsparse.calibration.presets import QUALITIES, default_tokens, stored_for
+from actsparse.calibration.presets import DEFAULT_SOURCE, DEFAULT_TEXT, QUALITIES, default_tokens, stored_for
 from actsparse.kernels.planes import STORED
 from actsparse.methods.base import HEAD, MethodError
-from actsparse.methods.feedback import curvature_of, energy_shares, round_with_feedback
+from actsparse.methods.feedback import DESCRIPTION, curvature_of, energy_shares, round_with_feedback
 from actsparse.methods.graded import (
     DENSE_BITS,
     HEAD_WEIGHT,
@@ -56,7 +56,6 @@ from actsparse.runtime.lowmemory import mapped_weights, open_mapped
 from actsparse.runtime.packed import digest_of, open_packed, tensors_of
 
 WINDOW = 512
-DEFAULT_TEXT = Path(__file__).parent / "default.jsonl"
 # What rounding makes good is a mixture of the error as read and, so much of it, of the error of every plane. The first alone
 # serves decoding on paper; the codes then stray from the weights, which prompts that read every plane pay for (docs/graded.md).
 PROMPTS = 0.5
@@ -150,6 +149,8 @@ def pack(
         packing="packed",
         default=WINDOW,
     )
+    if not settings.text:
+        windows = replace(windows, source=DEFAULT_SOURCE)
     return pack_opened(
         model, tokenizer, windows, target, settings, scorer=scorer, source=source, release=release, progress=progress
     )
@@ -278,11 +279,15 @@ class _Run:
             return self._graded(readings, min(DENSE_BITS * (1 - sparsity), most)).with_scope("all")
 
         limit = self._settings.max_ppl_increase
-        found = search(
-            packed, solve, self._windows, Budget(max_ppl_increase=limit),
-            lambda model, windows: scorer(model, windows, self._model),
-            begin=1 - most / DENSE_BITS, highest=1 - LEAST_BITS / DENSE_BITS, progress=progress,
-        )  # fmt: skip
+        try:
+            found = search(
+                packed, solve, self._windows, Budget(max_ppl_increase=limit),
+                lambda model, windows: scorer(model, windows, self._model),
+                begin=1 - most / DENSE_BITS, highest=1 - LEAST_BITS / DENSE_BITS, progress=progress,
+            )  # fmt: skip
+        except CalibrationError as error:
+            kept = "the rounded layers stay for another budget, remove them if none follows, in"
+            raise CalibrationError(f"{error}; {kept} {self._folder}") from None
         facts = {"max_ppl_increase": limit, "measured_ppl_increase": found.measured}
         return replace(found.plan.with_scope("decode"), settings={**found.plan.settings, **facts})
 
@@ -298,7 +303,7 @@ class _Run:
             sparsity=sparsity,
             model=self.identity,
             rules={},
-            settings={"bits_stored": self._settings.stored, "rounding": "feedback", "recipe": RECIPE, **facts},
+            settings={"bits_stored": self._settings.stored, "rounding": DESCRIPTION, "recipe": RECIPE, **facts},
             text=self._windows.describe(),
             scope=scope,
             version=importlib.metadata.version("actsparse"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+# The text, and what plans and cards call it: where it lies on this machine is of no use on another.
+DEFAULT_TEXT = Path(__file__).parent / "default.jsonl"
+DEFAULT_SOURCE = f"{DEFAULT_TEXT.name}, which comes with actsparse"
 # Bits read per weight, scales included.
 QUALITIES = {"near-lossless": 4.0, "balanced": 3.0, "fast": 2.5}
 # From so many bits read, what 6 bits cannot tell of a weight is a good part of all that is lost.

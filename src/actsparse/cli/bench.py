@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="chess: also skip in q and o (default: yes)",
     )
     parser.add_argument(
-        "--calibration-tokens", type=positive, default=1024, help="without a plan: random tokens to calibrate on"
+        "--calibration-tokens", type=positive, help="without a plan: random tokens to calibrate on (default: 1024)"
     )
     parser.add_argument("--prompt-tokens", type=positive, default=32, help="tokens of the prompt (default: 32)")
     parser.add_argument("--new-tokens", type=positive, default=32, help="decode steps (default: 32)")
@@ -95,13 +95,15 @@ def run(options: argparse.Namespace) -> None:
     given = {
         name: getattr(options, name) for name in ("attention", "bits_stored") if getattr(options, name) is not None
     }
-    asked = [name for name in ("method", "sparsity", "bits_read", *given) if getattr(options, name) is not None]
+    calibrating = ("method", "sparsity", "bits_read", *given, "calibration_tokens")
+    asked = [name for name in calibrating if getattr(options, name) is not None]
     own = not options.plan and not asked
     packed_there = not options.shape and directory.is_packed(options.model)
     if packed_there and asked and not options.plan:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise ModelError(f"model {options.model} is packed, {names} would calibrate: expected a dense model, or --plan")
     options.method = options.method or "chess"
+    options.calibration_tokens = options.calibration_tokens or 1024
     method = make(options.method, **given)
     targets = sparsities(options, method.sparsity)
     set_threads(options)

@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
     """Pack and say what was made."""
     from pathlib import Path
 
+    from actsparse.calibration.budget import percent
     from actsparse.calibration.pack import Settings, pack
     from actsparse.calibration.presets import QUALITIES, quality_for
     from actsparse.measure import card, evaluate
@@ -87,7 +88,9 @@ def run(options: argparse.Namespace) -> None:
         f"{plan.settings['bits_read']:.2f} bits read per weight on {plan.text['tokens']} tokens"
     )
     if budget is not None:
-        print(f"perplexity {plan.settings['measured_ppl_increase']:+.2%} on that text, asked for at most {budget:.2%}")
+        print(
+            f"perplexity {plan.settings['measured_ppl_increase']:+.2%} on that text, asked for at most {percent(budget)}"
+        )
 
 
 def _measured(options: argparse.Namespace) -> Any:

@@ -23,6 +23,8 @@ from actsparse.kernels import planes, rounding
 from actsparse.kernels.planes import GROUP, Packed
 from actsparse.methods.rounding import CLIPS, each_block, each_slice, gains_of, round_columns
 
+# What :func:`round_with_feedback` does, as plans and cards say it.
+DESCRIPTION = "error feedback and then coordinate descent"
 # Added to the Hessian's diagonal, as a fraction of its mean: fewer tokens than inputs make it singular.
 DAMPING = 0.01
 # Inputs that share a scale where rows are rounded.
