@@ -128,6 +128,7 @@ def test_device_map_auto(dense: Any, plan: Plan, tmp_path: Path) -> None:
 
 def test_torch_export(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model.config.use_cache = False
+    del model.model.layers[1]  # a layer takes seconds to trace
     for tokens in (TOKENS, STEP):
         with torch.no_grad():
             program = torch.export.export(model, (), {"input_ids": tokens, "use_cache": False}, strict=False)

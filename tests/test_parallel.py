@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 import actsparse
@@ -43,36 +42,40 @@ def rules(method: str) -> dict[str, torch.Tensor]:
     return made
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_two_processes(tiny: Any, tmp_path: Path, bias: bool) -> None:
-    model = tiny(hidden_act="relu", attention_bias=bias, mlp_bias=bias)
-    if bias:
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(tmp_path / "model")
-    identity = ModelIdentity(**sites.describe(model))
+def test_two_processes(tiny: Any, tmp_path: Path) -> None:
     methods = ("chess", "cats", "teal", "svdp")
-    for method in methods:
-        Plan(method, 0.5, identity, rules(method)).save(tmp_path / method)
-    prompt = {"rule": "griffin", "layers": [0, 1], "counts": [10, 10]}
-    Plan("griffin", 0.5, identity, {}, scope="decode", prompt=prompt).save(tmp_path / "griffin")
     tokens = torch.randint(1, 4096, (1, 12), generator=torch.Generator().manual_seed(3))
-    torch.save(tokens, tmp_path / "result.tokens")
-    plans = [str(tmp_path / method) for method in (*methods, "griffin")]
+    models = {}
+    for bias in (False, True):
+        folder = tmp_path / f"bias-{bias}"
+        model = tiny(hidden_act="relu", attention_bias=bias, mlp_bias=bias)
+        if bias:
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(folder / "model")
+        (folder / "plans").mkdir()
+        identity = ModelIdentity(**sites.describe(model))
+        for method in methods:
+            Plan(method, 0.5, identity, rules(method)).save(folder / "plans" / method)
+        prompt = {"rule": "griffin", "layers": [0, 1], "counts": [10, 10]}
+        Plan("griffin", 0.5, identity, {}, scope="decode", prompt=prompt).save(folder / "plans" / "griffin")
+        torch.save(tokens, folder / "tokens")
+        models[folder] = model
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += [str(HERE / "divided.py"), str(tmp_path / "model"), str(tmp_path / "result"), "cpu", *plans]
+    command += [str(HERE / "divided.py"), "cpu", *map(str, models)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
-    made = torch.load(tmp_path / "result")
-    assert made["restored"]
-    assert "the model is divided among 2 processes" in made[plans[-1]]
-    with torch.inference_mode():
-        dense = model(tokens).logits
-        torch.testing.assert_close(made["dense"], dense, rtol=0, atol=1e-4)
-        for plan in plans[:-1]:
-            actsparse.sparsify(model, plan)
-            wanted = model(tokens).logits
-            assert float((wanted - dense).abs().max()) > 0.05
-            torch.testing.assert_close(made[plan], wanted, rtol=0, atol=1e-4)
-            torch.testing.assert_close(made[f"{plan} step"], wanted[:, -1:], rtol=0, atol=1e-4)
+    for folder, model in models.items():
+        made = torch.load(folder / "result")
+        assert made["restored"]
+        assert "the model is divided among 2 processes" in made["griffin"]
+        with torch.inference_mode():
+            dense = model(tokens).logits
+            torch.testing.assert_close(made["dense"], dense, rtol=0, atol=1e-4)
+            for method in methods:
+                actsparse.sparsify(model, folder / "plans" / method)
+                wanted = model(tokens).logits
+                assert float((wanted - dense).abs().max()) > 0.05
+                torch.testing.assert_close(made[method], wanted, rtol=0, atol=1e-4)
+                torch.testing.assert_close(made[f"{method} step"], wanted[:, -1:], rtol=0, atol=1e-4)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -248,29 +249,32 @@ def test_health_and_metrics(address: str) -> None:
     assert 'actsparse_running{model="tiny"} 0.0' in text
 
 
-def serve_reference(*options: str) -> tuple[subprocess.Popen[str], str]:
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from actsparse.cli import main; sys.exit(main())",
-        "serve",
-        str(REFERENCE / "swiglu"),
-        "--port",
-        "0",
-        "--threads",
-        "1",
-        *options,
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+@pytest.fixture(scope="module")
+def references() -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
+    """Two servers in processes of their own, for a test each to end, and their addresses; started together: it takes long."""
+    code = "import sys; from actsparse.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "serve", str(REFERENCE / "swiglu"), "--port", "0", "--threads", "1"]
+    command += ["--slots", "1", "--context", "512"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    try:
+        yield [(process, address_of(process)) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("http://"):
-            return process, line.split("/ ")[0]
+            return line.split("/ ")[0]
     raise AssertionError("no address")
 
 
-def test_sigterm_finishes_what_runs() -> None:
-    process, address = serve_reference("--slots", "1", "--context", "512")
+def test_sigterm_finishes_what_runs(references: list[tuple[subprocess.Popen[str], str]]) -> None:
+    process, address = references[0]
     with ThreadPoolExecutor(2) as pool:
         running_one = pool.submit(post, address, {"prompt": "Once", "max_tokens": 300, "ignore_eos": True})
         time.sleep(0.7)
@@ -285,8 +289,8 @@ def test_sigterm_finishes_what_runs() -> None:
         post(address, BODY)
 
 
-def test_sigterm_is_obeyed_when_nobody_reads_the_messages() -> None:
-    process, address = serve_reference("--context", "64")
+def test_sigterm_is_obeyed_when_nobody_reads_the_messages(references: list[tuple[subprocess.Popen[str], str]]) -> None:
+    process, address = references[1]
     assert process.stderr is not None
     process.stderr.close()
     assert post(address, {"prompt": "Once", "max_tokens": 3})[0] == 200
