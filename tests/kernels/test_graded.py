@@ -119,6 +119,27 @@ def test_many_tasks_share_large_matrices(isa: str, threads: int) -> None:
         assert np.array_equal(case.native().numpy(), whole_numbers(case))
 
 
+@pytest.fixture
+def runs() -> Iterator[None]:
+    before = cpu.runs_followed()
+    yield
+    cpu.select_runs(before)
+
+
+@pytest.mark.parametrize("stored", planes.STORED)
+def test_long_columns_are_listed_by_the_runs_that_are_followed(isa: str, runs: None, threads: int, stored: int) -> None:
+    # Lists of 8 to 64 columns, which end inside a block and at the end of the matrix, and of a whole and a part of a strip.
+    for out, inputs in ((8192, 213), (33100, 70)):
+        case = Case(out, inputs, stored, rows=2, seed=out)
+        expected = whole_numbers(case)
+        for followed in (0, 1, 40, 100, 256):
+            cpu.select_runs(followed)
+            assert np.array_equal(case.native().numpy(), expected)
+    for wrong in (-1, 257):
+        with pytest.raises(ValueError, match=f"{wrong} runs, expected 0 to 256"):
+            cpu.select_runs(wrong)
+
+
 @pytest.mark.parametrize("stored", planes.STORED)
 def test_planes_that_are_not_needed_are_not_read(isa: str, stored: int) -> None:
     case = Case(330, 140, stored, rows=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,23 @@ class Site:
 def block(gated: bool = True, neurons: int = 300, hidden: int = 140) -> tuple[Site | None, Site, Site]:
     torch.manual_seed(3)
     return Site(neurons, hidden) if gated else None, Site(neurons, hidden), Site(hidden, neurons)
+
+
+@pytest.fixture(params=[1, 3, 8])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_tasks_have_products_of_their_own_and_help_each_other(threads: int) -> None:
+    gate, up, down = block(neurons=2600, hidden=700)
+    # Nothing is read of all but a few inputs of up: whoever has it is soon done.
+    up.thresholds[:, 30:] = torch.inf
+    ffn = kernels.ffn_of(gate.matrix, up.matrix, down.matrix, kernels.Rules("relu"))
+    x = torch.randn(2, 700)
+    assert torch.equal(cpu.gated_ffn(x, ffn), down(F.relu(gate(x)) * up(x)))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -76,9 +95,10 @@ def test_a_block_packed_in_part_or_with_a_predictor_is_refused() -> None:
             cpu.gated_ffn(x, ffn)
 
 
-def test_a_decode_step_reads_packed_matrices_everywhere() -> None:
+@pytest.mark.parametrize(("hidden", "heads", "dim"), [(130, 4, 32), (520, 8, 64)])
+def test_a_decode_step_reads_packed_matrices_everywhere(hidden: int, heads: int, dim: int, threads: int) -> None:
     torch.manual_seed(4)
-    hidden, heads, kv, dim, neurons, vocabulary, length = 130, 4, 2, 32, 300, 90, 6
+    kv, neurons, vocabulary, length = 2, 300, 90, 6
     shapes = {"q": (heads * dim, hidden), "k": (kv * dim, hidden), "v": (kv * dim, hidden), "o": (hidden, heads * dim),
               "gate": (neurons, hidden), "up": (neurons, hidden), "down": (hidden, neurons)}  # fmt: skip
     layers = [{name: Site(*shape, rules=False) for name, shape in shapes.items()} for _ in range(2)]

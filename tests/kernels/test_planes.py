@@ -78,11 +78,13 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize("stored", planes.STORED)
 @pytest.mark.parametrize(("out", "inputs"), [(1, 1), (65, 7), (1100, 5)])
-def test_records_are_an_odd_number_of_lines_apart(stored: int, out: int, inputs: int) -> None:
+def test_columns_of_a_plane_are_an_odd_number_of_lines_apart(stored: int, out: int, inputs: int) -> None:
     packed, codes, _ = random_packed(out, inputs, stored)
+    assert packed.mantissa.is_contiguous()
     for part in (packed.mantissa, *packed.planes):
         assert part.data_ptr() % 64 == 0
-        assert inputs == 1 or part.stride(0) % 128 == 64
+    for plane in packed.planes:
+        assert inputs == 1 or plane.stride(0) % 128 == 64
     tight = torch.cat([packed.mantissa, *packed.planes], 1)
     split = tight[:, packed.groups :].unflatten(1, (stored // 2, -1)).unbind(1)
     loose = planes.Packed(out, tight[:, : packed.groups], tuple(split), packed.scale, packed.gain)
@@ -91,4 +93,4 @@ def test_records_are_an_odd_number_of_lines_apart(stored: int, out: int, inputs:
     assert torch.equal(again.mantissa, packed.mantissa)
     assert again.planes[0].stride() == packed.planes[0].stride()
     assert [len(each.storages) for each in (loose, again)] == [1, 1]
-    assert again.storages[0].numel() >= again.mantissa.stride(0) * (inputs - 1) + packed.groups * (1 + 16 * stored // 2)
+    assert again.storages[0].numel() >= inputs * packed.groups * (1 + 16 * stored // 2)

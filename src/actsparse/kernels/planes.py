@@ -133,9 +133,9 @@ def groups_of(outputs: int) -> int:
 def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: int) -> Packed:
     """Codes uint8 [O, I] below 2^stored as planes; mantissa uint8 [G, I], scale [I], gain [L]; ValueError if they misfit.
 
-    A column is one record, mantissas and planes one after the other, so that reading it to a level reads one run of bytes.
-    Each part is filled up to whole lines of 64 bytes, and a record to an odd number of them: columns that are read at the
-    same time then lie in different memory channels and cache sets.
+    All columns' mantissas come first, then the planes, one after the other: most lines of the first plane are read, however
+    few of the last.  A column's part of a plane is filled up to an odd number of lines of 64 bytes: columns that are read at
+    the same time then lie in different memory channels and cache sets.
     """
     if stored not in STORED:
         raise ValueError(f"{stored} bits stored, expected 4, 6 or 8")
@@ -158,7 +158,7 @@ def pack(codes: Tensor, mantissa: Tensor, scale: Tensor, gain: Tensor, stored: i
 
 
 def relaid(packed: Packed, device: torch.device | None = None) -> Packed:
-    """The same matrix in records as :func:`pack` lays them, whatever its storage was (a file's has no room between them)."""
+    """The same matrix as :func:`pack` lays it, whatever its storage was (a file's has no room between columns)."""
     device = packed.mantissa.device if device is None else device
     mantissa, planes = _rooms(packed.inputs, packed.groups, len(packed.planes), device)
     mantissa.copy_(packed.mantissa)
@@ -168,14 +168,13 @@ def relaid(packed: Packed, device: torch.device | None = None) -> Packed:
 
 
 def _rooms(inputs: int, groups: int, levels: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Zeros for the mantissas [I, G] and planes [I, 16 G] of columns that are a record each."""
-    head, room = -(-groups // _LINE) * _LINE, -(-_BYTES * groups // _LINE) * _LINE
-    stride = ((head + levels * room) // _LINE | 1) * _LINE
-    storage = torch.zeros(inputs * stride + _LINE, dtype=torch.uint8, device=device)
-    skip = -storage.data_ptr() % _LINE
-    record = storage[skip : skip + inputs * stride].view(inputs, stride)
-    begins = range(head, head + levels * room, room)
-    return record[:, :groups], tuple(record[:, begin : begin + _BYTES * groups] for begin in begins)
+    """Zeros for the mantissas [I, G] and planes [I, 16 G] of columns, in one storage."""
+    room = (-(-_BYTES * groups // _LINE) | 1) * _LINE
+    head = -(-inputs * groups // _LINE) * _LINE
+    storage = torch.zeros(head + levels * inputs * room + _LINE, dtype=torch.uint8, device=device)
+    storage = storage[-storage.data_ptr() % _LINE :]
+    planes = storage[head : head + levels * inputs * room].view(levels, inputs, room)[:, :, : _BYTES * groups]
+    return storage[: inputs * groups].view(inputs, groups), tuple(planes)
 
 
 def columns_of(packed: Packed, begin: int, end: int) -> Packed:

@@ -4,7 +4,19 @@ Nothing here decides whether a call may run natively: that is :mod:`actsparse.ke
 """
 
 from .decoder import decode_step, decode_together, decoder_of, layer_of, norm_of
-from .loading import MAX_BATCH, available_isas, isa, library, missing, reset_stats, select_isa, stats, threads_note
+from .loading import (
+    MAX_BATCH,
+    available_isas,
+    isa,
+    library,
+    missing,
+    reset_stats,
+    runs_followed,
+    select_isa,
+    select_runs,
+    stats,
+    threads_note,
+)
 from .memory import ReadTest, read_bandwidth, use_huge_pages
 from .packed import graded_linear, has_many_rows, many_rows, packed_obstacle, packed_of, unpack_columns
 from .products import gated_ffn, linear, linear_rows, time_calls
@@ -34,6 +46,6 @@ __all__ = [
     "activation_code", "available_isas", "channel_statistics", "core_statistics", "decode_step", "decode_together",
     "decoder_of", "ffn_of", "gated_ffn", "graded_linear", "has_many_rows", "isa", "layer_of", "layout_of", "library",
     "linear", "linear_rows", "many_rows", "matrix_of", "missing", "norm_of", "packed_obstacle", "packed_of",
-    "read_bandwidth", "reset_stats", "select_isa", "skipped_by", "stats", "threads_note", "time_calls", "unpack_columns",
-    "use_huge_pages",
+    "read_bandwidth", "reset_stats", "runs_followed", "select_isa", "select_runs", "skipped_by", "stats", "threads_note",
+    "time_calls", "unpack_columns", "use_huge_pages",
 ]  # fmt: skip

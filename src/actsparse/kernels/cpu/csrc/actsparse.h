@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define AS_ABI_VERSION 10
+#define AS_ABI_VERSION 11
 #define AS_MAX_BATCH 8
 #define AS_API __attribute__((visibility("default")))
 
@@ -144,6 +144,10 @@ AS_API void as_set_threads(void* torch_parallel_for, void* torch_get_num_threads
 AS_API const char* as_isa_available(void);
 AS_API const char* as_isa(void);
 AS_API int32_t as_isa_select(const char* name);
+// How many runs of lines packed products expect this machine's prefetchers to follow at a time, 0 where that is not known; expect
+// another number, 0 to 256 (tests, benchmarks). Results are the same to the bit.
+AS_API int32_t as_runs_followed(void);
+AS_API int32_t as_runs_select(int32_t runs);
 
 // y = W x~ + bias, x~ = x kept by threshold ([in] or NULL). AS_COLUMNS reads kept columns only.
 AS_API int32_t as_linear(const as_matrix* w, const float* threshold, const void* x, void* y, int64_t batch, int32_t io_dtype,

@@ -13,10 +13,10 @@ constexpr float range = 3.0f / 127.0f, largest_coefficient = 16000.0f;
 
 int64_t groups_of(const as_matrix& w) { return (w.out + group_outputs - 1) / group_outputs; }
 
-// What the unit takes from a block: apart from what it reads, because every task wants all of them.
+// What a row's unit and lists take from a block: apart from what it reads, because every task wants all of them.
 struct Magnitude {
   float sum, top;
-  int32_t kept, unused;
+  int32_t kept, planes;  // columns read, and planes of them
 };
 
 // The unit of a row's coefficients, from what its blocks read; NaN where a value read is not finite.
@@ -52,12 +52,16 @@ struct alignas(64) Counter {
   char apart[192];  // from the line that would be fetched with it
 };
 
-// A row's unit for each product of a region.
-struct Units {
-  float of[AS_MAX_BATCH];
+// What grading finds out of a product: the rows' units, and how its columns are listed.
+struct Found {
+  float unit[AS_MAX_BATCH];
+  int64_t width, lists;  // columns of a list; how many lists
 };
 
 constexpr int64_t quarter_outputs = tile_outputs / 4;
+// From so many tiles on a column's planes are runs long enough for the hardware to follow; strips of them are of so many at most.
+constexpr int64_t long_tiles = 32, long_strip_tiles = 128;
+static_assert(coefficient_room >= block_columns / 4 * long_strip_tiles * tile_groups, "short lists of long columns have their room");
 // Written out, because compilers vectorise the loop around them instead.
 using Int4 = int32_t __attribute__((vector_size(16)));
 
@@ -65,33 +69,40 @@ using Int4 = int32_t __attribute__((vector_size(16)));
 class Packed {
  public:
   Packed() = default;
-  Packed(const Product& product, int64_t batch, int64_t tasks)
-      : p_(&product), w_(static_cast<const as_packed*>(product.w->data)), ops_(&graded_ops()), batch_(batch), tasks_(tasks) {
+  // `own`: the tasks that begin with this product and have shares of it; the others help when they are done.
+  Packed(const Product& product, int64_t batch, int64_t tasks, Slice own)
+      : p_(&product), w_(static_cast<const as_packed*>(product.w->data)), ops_(&graded_ops()), batch_(batch), tasks_(tasks), own_(own) {
+    const int64_t members = own.size();
     groups_ = groups_of(*p_->w);
     blocks_ = (p_->w->in + block_columns - 1) / block_columns;
     tiles_ = (groups_ + tile_groups - 1) / tile_groups;
-    // Long runs of lines are read fastest, but every task should get a few pieces, to even out the cores' speeds.
-    const int64_t least = (tiles_ + strip_tiles - 1) / strip_tiles, quads = (tiles_ + 3) / 4;
-    strips_ = (8 * tasks + blocks_ - 1) / blocks_;
-    strips_ = tasks == 1 || strips_ < least ? least : strips_ < quads ? strips_ : quads;
+    runs_ = tiles_ >= long_tiles ? runs_followed() : 0;
+    if (runs_) {
+      strips_ = (tiles_ + long_strip_tiles - 1) / long_strip_tiles;
+    } else {
+      // Long runs of lines are read fastest, but every task should get a few pieces, to even out the cores' speeds.
+      const int64_t least = (tiles_ + strip_tiles - 1) / strip_tiles, quads = (tiles_ + 3) / 4;
+      strips_ = (8 * members + blocks_ - 1) / blocks_;
+      strips_ = members == 1 || strips_ < least ? least : strips_ < quads ? strips_ : quads;
+      // Two blocks at a time have half the sums to store for each column.
+      span_ = strips_ * blocks_ < 16 * members && members > 1 ? 1 : listed_columns / block_columns;
+    }
     begins_ = arena().take<int64_t>(strips_ + 1);
     for (int64_t k = 0; k <= strips_; ++k) begins_[k] = k == strips_ ? tiles_ : tiles_ * k / strips_ / 4 * 4;
-    // Two blocks at a time have half the sums to store for each column.
-    span_ = strips_ * blocks_ < 16 * tasks && tasks > 1 ? 1 : listed_columns / block_columns;
-    lists_ = (blocks_ + span_ - 1) / span_;
     grades_ = arena().take<Grades>(batch * blocks_);
     magnitudes_ = arena().take<Magnitude>(batch * blocks_);
     coefficient_stride_ = padded(p_->w->in);
     coefficients_ = arena().take<float>(batch * coefficient_stride_);
     joined_ = Claims(tasks);
-    next_ = arena().take<Counter>(tasks + 2);
-    for (int64_t t = 0; t < tasks + 2; ++t) next_[t].value = 0;
+    next_ = arena().take<Counter>(members + 2);
+    for (int64_t t = 0; t < members + 2; ++t) next_[t].value = 0;
     sums_ = arena().take<int32_t>(tasks * task_stride());
     touched_ = arena().take<bool>(tasks * strips_);
     for (int64_t k = 0; k < tasks * strips_; ++k) touched_[k] = false;
   }
 
   int64_t blocks() const { return blocks_; }
+  bool owned(int64_t task) const { return own_.begin <= task && task < own_.end; }
 
   // What a row reads of a block, whose inputs are x[0], x[1], ...
   void grade(int64_t row, int64_t block, const float* x) const {
@@ -99,34 +110,47 @@ class Packed {
     const Grades g = ops_->grade(*w_, p_->w->in, x, first, rest < block_columns ? rest : block_columns,
                                  coefficients_ + row * coefficient_stride_ + first);
     grades_[at] = g;
-    magnitudes_[at] = {g.sum, g.top, int32_t(__builtin_popcountll(g.read[0])), 0};
+    int32_t planes = 0;
+    for (int p = 0; p < w_->planes; ++p) planes += int32_t(__builtin_popcountll(g.read[p]));
+    magnitudes_[at] = {g.sum, g.top, int32_t(__builtin_popcountll(g.read[0])), planes};
   }
 
   // After every block was graded.
-  Units units() const {
-    Units u;
-    for (int64_t b = 0; b < batch_; ++b) u.of[b] = unit_of(magnitudes_ + b * blocks_, blocks_);
-    return u;
+  Found found() const {
+    Found f = {};
+    for (int64_t b = 0; b < batch_; ++b) f.unit[b] = unit_of(magnitudes_ + b * blocks_, blocks_);
+    f.width = span_ * block_columns;
+    if (runs_) {
+      // So many columns that the planes read of them are the runs that are followed at a time: with more of them nothing is.
+      int64_t planes = 1;
+      for (int64_t k = 0; k < batch_ * blocks_; ++k) planes += magnitudes_[k].planes;
+      f.width = runs_ * batch_ * p_->w->in / planes / 8 * 8;
+      f.width = f.width < 8 ? 8 : f.width < block_columns ? f.width : block_columns;
+    }
+    f.lists = (p_->w->in + f.width - 1) / f.width;
+    return f;
   }
 
   struct Place {
     int64_t item = 0, row = -1, victim = 0;  // row -1: no item in hand
   };
 
+  Place place(int64_t task) const { return {0, -1, owned(task) ? task - own_.begin : task % own_.size()}; }
+
   // The next block and row of which anything is read; false when there is none. `begun` counts the items.
-  bool fill(Place* at, const Units& units, int64_t* begun, Block* block) const {
+  bool fill(Place* at, const Found& found, int64_t* begun, Block* block) const {
     for (;;) {
       if (at->row >= 0 && at->row + 1 < batch_) {
         ++at->row;
       } else {
         at->row = -1;
-        const int64_t item = claim(&at->victim);
+        const int64_t item = claim(found, &at->victim);
         if (item < 0) return false;
         at->item = item;
         at->row = 0;
         ++*begun;
       }
-      list(at->item, at->row, units.of[at->row], block);
+      list(at->item, found, at->row, block);
       if (block->kept[0]) return true;
     }
   }
@@ -138,18 +162,18 @@ class Packed {
       for (int32_t k = 0; k < b.kept[p]; ++k) __builtin_prefetch(b.plane[k] + p * w_->plane_stride, 0, 2);
   }
 
-  void add(int64_t task, const Place& at, const Block& block, const Block* next, int32_t* coefficients) const {
-    const int64_t strip = at.item / lists_, first = strip_begin(strip);
+  void add(int64_t task, const Place& at, const Found& found, const Block& block, const Block* next, int32_t* coefficients) const {
+    const int64_t strip = at.item / found.lists, first = strip_begin(strip);
     touch(task, strip);
     ops_->add(block, next, coefficients, sums(task, at.row) + first * tile_outputs, centres(task, at.row) + first * tile_groups);
   }
 
   void finish(int64_t begun) const {
-    if (begun) __atomic_fetch_add(&next_[tasks_].value, begun, __ATOMIC_ACQ_REL);
+    if (begun) __atomic_fetch_add(&next_[own_.size()].value, begun, __ATOMIC_ACQ_REL);
   }
 
   // Until everything is added up.
-  void wait() const { wait_until(&next_[tasks_].value, strips_ * lists_); }
+  void wait(const Found& f) const { wait_until(&next_[own_.size()].value, strips_ * f.lists); }
 
   // Calls work(quarter of a tile) for what this task gets of the outputs.
   template <typename F>
@@ -165,8 +189,8 @@ class Packed {
 
   // Turns the tasks' sums into outputs: 16 of each group of the quarter's tile. `combined` wants them, of this product.
   template <typename F>
-  void join_quarter(int64_t quarter, const Units& units, F&& combined) const {
-    for (int64_t b = 0; b < batch_; ++b) join_row(b, quarter / 4, quarter % 4, units.of[b], combined);
+  void join_quarter(int64_t quarter, const Found& found, F&& combined) const {
+    for (int64_t b = 0; b < batch_; ++b) join_row(b, quarter / 4, quarter % 4, found.unit[b], combined);
   }
 
   void count(as_stats* stats) const {
@@ -192,15 +216,15 @@ class Packed {
   // Strips begin at whole fours of tiles: sixteen groups.
   int64_t strip_begin(int64_t strip) const { return begins_[strip]; }
 
-  // A strip's block that nobody has begun: of this task's own share, or when that is done, of another's. Shares known to be
+  // A strip's list that nobody has begun: of this task's own share, or when that is done, of another's. Shares known to be
   // done are marked in one word, because looking at everybody's counter costs as much as a block.
-  int64_t claim(int64_t* victim) const {
-    const int64_t items = strips_ * lists_;
-    int64_t* const done = &next_[tasks_ + 1].value;
-    for (int64_t tries = 0; tries < tasks_; ++tries, *victim = (*victim + 1) % tasks_) {
+  int64_t claim(const Found& f, int64_t* victim) const {
+    const int64_t items = strips_ * f.lists, members = own_.size();
+    int64_t* const done = &next_[members + 1].value;
+    for (int64_t tries = 0; tries < members; ++tries, *victim = (*victim + 1) % members) {
       const int64_t bit = *victim < 64 ? int64_t(uint64_t(1) << *victim) : 0;
-      if (tries && __atomic_load_n(done, __ATOMIC_RELAXED) & bit) continue;
-      const Slice s = slice_of(items, *victim, tasks_);
+      if (__atomic_load_n(done, __ATOMIC_RELAXED) & bit) continue;
+      const Slice s = slice_of(items, *victim, members);
       int64_t* const next = &next_[*victim].value;
       if (__atomic_load_n(next, __ATOMIC_RELAXED) < s.size()) {
         const int64_t k = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
@@ -211,10 +235,12 @@ class Packed {
     return -1;
   }
 
-  void list(int64_t item, int64_t row, float unit, Block* block) const {
-    const int64_t strip = item / lists_, begin = item % lists_ * span_, stop = begin + span_ < blocks_ ? begin + span_ : blocks_;
-    const int64_t tile = strip_begin(strip), end = strip_begin(strip + 1) * tile_groups, first = begin * block_columns;
+  void list(int64_t item, const Found& found, int64_t row, Block* block) const {
+    const int64_t strip = item / found.lists, first = item % found.lists * found.width, rest = p_->w->in - first;
+    const int64_t count = rest < found.width ? rest : found.width, tile = strip_begin(strip);
+    const int64_t end = strip_begin(strip + 1) * tile_groups;
     const Grades* const grades = grades_ + row * blocks_;
+    const float unit = found.unit[row];
     const float inverse = unit == unit ? 32768.0f / (255.0f * unit) : 0.0f;
     block->w = w_;
     block->tiles = strip_begin(strip + 1) - tile;
@@ -224,16 +250,19 @@ class Packed {
     int32_t multiplier[listed_columns] = {};
     if (unit == unit) {
       const float* const coefficients = coefficients_ + row * coefficient_stride_ + first;
-      const int64_t rest = p_->w->in - first, count = rest < (stop - begin) * block_columns ? rest : (stop - begin) * block_columns;
       for (int64_t c = 0; c < count; ++c) multiplier[c] = nearest(coefficients[c] * inverse);
     }
     int32_t n = 0;
     for (int p = w_->planes - 1; p >= 0; --p) {
       const int32_t centre = (1 << (2 * w_->planes)) - (1 << (2 * (w_->planes - 1 - p)));
-      for (int64_t k = begin; k < stop; ++k) {
+      for (int64_t k = first / block_columns; k * block_columns < first + count; ++k) {
         const Grades& g = grades[k];
-        for (uint64_t left = p + 1 < w_->planes ? g.read[p] & ~g.read[p + 1] : g.read[p]; left; left &= left - 1, ++n) {
-          const int64_t c = (k - begin) * block_columns + __builtin_ctzll(left);
+        const int64_t before = first - k * block_columns, after = before + count;  // of the block's columns, the list's
+        uint64_t left = p + 1 < w_->planes ? g.read[p] & ~g.read[p + 1] : g.read[p];
+        if (before > 0) left &= ~uint64_t(0) << before;
+        if (after < block_columns) left &= (uint64_t(1) << after) - 1;
+        for (; left; left &= left - 1, ++n) {
+          const int64_t c = __builtin_ctzll(left) - before;
           block->plane[n] = planes + c * w_->stride;
           block->mantissa[n] = mantissas + c * w_->mantissa_stride;
           block->multiplier[n] = multiplier[c];
@@ -309,9 +338,11 @@ class Packed {
   const Product* p_ = nullptr;
   const as_packed* w_ = nullptr;
   const GradedOps* ops_ = nullptr;
-  int64_t batch_ = 0, tasks_ = 0, groups_ = 0, blocks_ = 0, tiles_ = 0, strips_ = 0, coefficient_stride_ = 0;
-  int64_t span_ = 0, lists_ = 0;  // blocks of a list; lists of a strip
-  int64_t* begins_ = nullptr;     // the strips' first tiles, and the end
+  int64_t batch_ = 0, tasks_ = 0;
+  Slice own_ = {0, 0};
+  int64_t groups_ = 0, blocks_ = 0, tiles_ = 0, strips_ = 0, coefficient_stride_ = 0;
+  int64_t runs_ = 0, span_ = 0;    // planes of a list's columns, on average; or, where that is 0, its blocks
+  int64_t* begins_ = nullptr;      // the strips' first tiles, and the end
   Grades* grades_ = nullptr;       // [batch, blocks]
   Magnitude* magnitudes_ = nullptr;
   float* coefficients_ = nullptr;  // [batch, stride]
@@ -348,14 +379,14 @@ void grade(const Packed* packed, Product* const* products, int64_t count, int64_
   claims.wait();
 }
 
-// Adds up what this task gets of the products, one after the other without a pause; `room` is its own.
-void add_up(const Packed* packed, const Units* units, int64_t count, int64_t task, Room* room) {
-  int64_t product = 0, begun[together] = {};
-  Packed::Place at;
-  at.victim = task;
+// Adds up what this task gets of the products, its own first, one after the other without a pause; `room` is its own.
+void add_up(const Packed* packed, const Found* found, int64_t count, int64_t task, Room* room) {
+  int64_t product = 0, tried = 0, begun[together] = {};
+  while (product + 1 < count && !packed[product].owned(task)) ++product;
+  Packed::Place at = packed[product].place(task);
   const auto fill = [&](Block* block) {
-    for (; product < count; ++product, at = {0, -1, task})
-      if (packed[product].fill(&at, units[product], begun + product, block)) return true;
+    for (; tried < count; ++tried, product = (product + 1) % count, at = packed[product].place(task))
+      if (packed[product].fill(&at, found[product], begun + product, block)) return true;
     return false;
   };
   int now = 0;
@@ -365,7 +396,7 @@ void add_up(const Packed* packed, const Units* units, int64_t count, int64_t tas
     const int64_t mine = product;
     const Packed::Place here = at;
     more = fill(&room->blocks[now ^ 1]);
-    packed[mine].add(task, here, room->blocks[now], more ? &room->blocks[now ^ 1] : nullptr, room->coefficients);
+    packed[mine].add(task, here, found[mine], room->blocks[now], more ? &room->blocks[now ^ 1] : nullptr, room->coefficients);
     now ^= 1;
   }
   for (int64_t k = 0; k < count; ++k) packed[k].finish(begun[k]);
@@ -386,30 +417,38 @@ int64_t packed_bytes(const as_matrix& w) {
 
 void run_packed(Product* const* products, int64_t count, int64_t batch, as_stats* stats, const Gating* gating) {
   const Stopwatch watch(stats);
-  int64_t most = 0;
-  for (int64_t k = 0; k < count; ++k) most += packed_bytes(*products[k]->w) / 2;
-  const int64_t tasks = tasks_for(most);
+  int64_t all = 0;
+  for (int64_t k = 0; k < count; ++k) all += packed_bytes(*products[k]->w);
+  const int64_t tasks = tasks_for(all / 2);
   Packed packed[together];
-  for (int64_t k = 0; k < count; ++k) packed[k] = Packed(*products[k], batch, tasks);
+  // Each product belongs to as many of the tasks as it has of the bytes: the fewer of them add to an output, the fewer of their
+  // sums, which lie in other cores' caches, are joined.
+  int64_t before = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t after = before + packed_bytes(*products[k]->w);
+    const Slice own = {(before * tasks + all / 2) / all, (after * tasks + all / 2) / all};
+    packed[k] = Packed(*products[k], batch, tasks, own.size() ? own : Slice{0, tasks});
+    before = after;
+  }
   Room* const rooms = arena().take<Room>(tasks);
   const Claims graded(tasks);
   parallel(tasks, [&](int64_t task) {
     grade(packed, products, count, batch, graded, task, tasks);
-    Units units[together];
-    for (int64_t k = 0; k < count; ++k) units[k] = packed[k].units();
-    add_up(packed, units, count, task, rooms + task);
+    Found found[together];
+    for (int64_t k = 0; k < count; ++k) found[k] = packed[k].found();
+    add_up(packed, found, count, task, rooms + task);
     const auto nothing = [](int64_t, int64_t, int64_t) {};
     if (gating) {
-      for (int64_t k = 0; k < count; ++k) packed[k].wait();
+      for (int64_t k = 0; k < count; ++k) packed[k].wait(found[k]);
       packed[0].join(task, [&](int64_t quarter) {
-        if (count == 2) packed[1].join_quarter(quarter, units[1], nothing);
-        packed[0].join_quarter(quarter, units[0], [&](int64_t row, int64_t first, int64_t n) { gating->gate(row, first, n); });
+        if (count == 2) packed[1].join_quarter(quarter, found[1], nothing);
+        packed[0].join_quarter(quarter, found[0], [&](int64_t row, int64_t first, int64_t n) { gating->gate(row, first, n); });
       });
       return;
     }
     for (int64_t k = 0; k < count; ++k) {
-      packed[k].wait();
-      packed[k].join(task, [&](int64_t quarter) { packed[k].join_quarter(quarter, units[k], nothing); });
+      packed[k].wait(found[k]);
+      packed[k].join(task, [&](int64_t quarter) { packed[k].join_quarter(quarter, found[k], nothing); });
     }
   });
   for (int64_t k = 0; k < count; ++k) packed[k].count(stats);

@@ -53,5 +53,7 @@ extern const GradedOps* const graded_avx512;
 extern const GradedOps* const graded_neon;
 // Those for the instruction set in use.
 const GradedOps& graded_ops();
+// How many runs of lines this machine's prefetchers are expected to follow at a time; 0: none.
+int64_t runs_followed();
 
 }  // namespace actsparse
