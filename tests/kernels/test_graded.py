@@ -120,24 +120,24 @@ def test_many_tasks_share_large_matrices(isa: str, threads: int) -> None:
 
 
 @pytest.fixture
-def runs() -> Iterator[None]:
-    before = cpu.runs_followed()
+def pages() -> Iterator[None]:
+    before = cpu.pages_followed()
     yield
-    cpu.select_runs(before)
+    cpu.select_pages(before)
 
 
 @pytest.mark.parametrize("stored", planes.STORED)
-def test_long_columns_are_listed_by_the_runs_that_are_followed(isa: str, runs: None, threads: int, stored: int) -> None:
+def test_lists_are_as_long_as_pages_are_followed(isa: str, pages: None, threads: int, stored: int) -> None:
     # Lists of 8 to 64 columns, which end inside a block and at the end of the matrix, and of a whole and a part of a strip.
-    for out, inputs in ((8192, 213), (33100, 70)):
+    for out, inputs in ((300, 1000), (8192, 213), (33100, 70)):
         case = Case(out, inputs, stored, rows=2, seed=out)
         expected = whole_numbers(case)
         for followed in (0, 1, 40, 100, 256):
-            cpu.select_runs(followed)
+            cpu.select_pages(followed)
             assert np.array_equal(case.native().numpy(), expected)
     for wrong in (-1, 257):
-        with pytest.raises(ValueError, match=f"{wrong} runs, expected 0 to 256"):
-            cpu.select_runs(wrong)
+        with pytest.raises(ValueError, match=f"{wrong} pages, expected 0 to 256"):
+            cpu.select_pages(wrong)
 
 
 @pytest.mark.parametrize("stored", planes.STORED)

@@ -11,9 +11,9 @@ from .loading import (
     library,
     missing,
     reset_stats,
-    runs_followed,
+    pages_followed,
     select_isa,
-    select_runs,
+    select_pages,
     stats,
     threads_note,
 )
@@ -46,6 +46,6 @@ __all__ = [
     "activation_code", "available_isas", "channel_statistics", "core_statistics", "decode_step", "decode_together",
     "decoder_of", "ffn_of", "gated_ffn", "graded_linear", "has_many_rows", "isa", "layer_of", "layout_of", "library",
     "linear", "linear_rows", "many_rows", "matrix_of", "missing", "norm_of", "packed_obstacle", "packed_of",
-    "read_bandwidth", "reset_stats", "runs_followed", "select_isa", "select_runs", "skipped_by", "stats", "threads_note",
+    "read_bandwidth", "reset_stats", "pages_followed", "select_isa", "select_pages", "skipped_by", "stats", "threads_note",
     "time_calls", "unpack_columns", "use_huge_pages",
 ]  # fmt: skip

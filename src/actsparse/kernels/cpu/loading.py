@@ -36,8 +36,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     lib.as_isa.restype = lib.as_isa_available.restype = c_char_p
     lib.as_isa_select.argtypes = [c_char_p]
     lib.as_isa_select.restype = c_int32
-    lib.as_runs_followed.restype = lib.as_runs_select.restype = c_int32
-    lib.as_runs_select.argtypes = [c_int32]
+    lib.as_pages_followed.restype = lib.as_pages_select.restype = c_int32
+    lib.as_pages_select.argtypes = [c_int32]
     pointer, i32, i64 = c_void_p, c_int32, c_int64
     for name, arguments, result in (
         ("as_linear", [POINTER(Matrix), pointer, pointer, pointer, i64, i32, POINTER(Stats)], i32),
@@ -130,15 +130,15 @@ def select_isa(name: str) -> None:
         raise ValueError(f"instruction set {name!r} is not one of {', '.join(available_isas())}")
 
 
-def runs_followed() -> int:
-    """How many runs of lines packed products expect this machine's prefetchers to follow at a time; 0: none (not known)."""
-    return int(library().as_runs_followed())
+def pages_followed() -> int:
+    """On how many pages of 4 KB at a time packed products expect this machine's prefetchers to follow what is read; 0: none (not known)."""
+    return int(library().as_pages_followed())
 
 
-def select_runs(runs: int) -> None:
+def select_pages(pages: int) -> None:
     """Expect so many from now on, in the whole process; ValueError outside 0 to 256.  Results do not change."""
-    if library().as_runs_select(runs):
-        raise ValueError(f"{runs} runs, expected 0 to 256")
+    if library().as_pages_select(pages):
+        raise ValueError(f"{pages} pages, expected 0 to 256")
 
 
 def stats() -> dict[str, int]:

@@ -144,10 +144,10 @@ AS_API void as_set_threads(void* torch_parallel_for, void* torch_get_num_threads
 AS_API const char* as_isa_available(void);
 AS_API const char* as_isa(void);
 AS_API int32_t as_isa_select(const char* name);
-// How many runs of lines packed products expect this machine's prefetchers to follow at a time, 0 where that is not known; expect
+// On how many pages of 4 KB at a time packed products expect this machine's prefetchers to follow what is read, 0 where that is not known; expect
 // another number, 0 to 256 (tests, benchmarks). Results are the same to the bit.
-AS_API int32_t as_runs_followed(void);
-AS_API int32_t as_runs_select(int32_t runs);
+AS_API int32_t as_pages_followed(void);
+AS_API int32_t as_pages_select(int32_t pages);
 
 // y = W x~ + bias, x~ = x kept by threshold ([in] or NULL). AS_COLUMNS reads kept columns only.
 AS_API int32_t as_linear(const as_matrix* w, const float* threshold, const void* x, void* y, int64_t batch, int32_t io_dtype,

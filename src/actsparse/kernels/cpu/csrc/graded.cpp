@@ -16,7 +16,8 @@ int64_t groups_of(const as_matrix& w) { return (w.out + group_outputs - 1) / gro
 // What a row's unit and lists take from a block: apart from what it reads, because every task wants all of them.
 struct Magnitude {
   float sum, top;
-  int32_t kept, planes;  // columns read, and planes of them
+  uint8_t read[max_planes];  // columns of which each plane is read
+  int32_t unused;
 };
 
 // The unit of a row's coefficients, from what its blocks read; NaN where a value read is not finite.
@@ -26,7 +27,7 @@ float unit_of(const Magnitude* blocks, int64_t count) {
   for (const Magnitude* m = blocks; m < blocks + count; ++m) {
     sum += m->sum;
     top = top < m->top ? m->top : top;
-    kept += m->kept;
+    kept += m->read[0];
   }
   if (!(sum <= 3.0e38f)) return __builtin_nanf("");
   const float mean = kept ? sum / float(kept) * range : 0.0f, least = top / largest_coefficient;
@@ -59,8 +60,8 @@ struct Found {
 };
 
 constexpr int64_t quarter_outputs = tile_outputs / 4;
-// From so many tiles on a column's planes are runs long enough for the hardware to follow; strips of them are of so many at most.
-constexpr int64_t long_tiles = 32, long_strip_tiles = 128;
+// Columns of so many tiles are long: half a page of a plane. A strip has so many tiles of these at most.
+constexpr int64_t page = 4096, long_tiles = 32, long_strip_tiles = 128;
 static_assert(coefficient_room >= block_columns / 4 * long_strip_tiles * tile_groups, "short lists of long columns have their room");
 // Written out, because compilers vectorise the loop around them instead.
 using Int4 = int32_t __attribute__((vector_size(16)));
@@ -76,17 +77,14 @@ class Packed {
     groups_ = groups_of(*p_->w);
     blocks_ = (p_->w->in + block_columns - 1) / block_columns;
     tiles_ = (groups_ + tile_groups - 1) / tile_groups;
-    runs_ = tiles_ >= long_tiles ? runs_followed() : 0;
-    if (runs_) {
-      strips_ = (tiles_ + long_strip_tiles - 1) / long_strip_tiles;
-    } else {
-      // Long runs of lines are read fastest, but every task should get a few pieces, to even out the cores' speeds.
-      const int64_t least = (tiles_ + strip_tiles - 1) / strip_tiles, quads = (tiles_ + 3) / 4;
-      strips_ = (8 * members + blocks_ - 1) / blocks_;
-      strips_ = members == 1 || strips_ < least ? least : strips_ < quads ? strips_ : quads;
-      // Two blocks at a time have half the sums to store for each column.
-      span_ = strips_ * blocks_ < 16 * members && members > 1 ? 1 : listed_columns / block_columns;
-    }
+    const bool whole = tiles_ >= long_tiles && pages_followed();
+    const int64_t most = whole ? long_strip_tiles : strip_tiles, least = (tiles_ + most - 1) / most, quads = (tiles_ + 3) / 4;
+    // Long runs of lines are read fastest, but every task should get a few pieces, to even out the cores' speeds: strips of
+    // lists, or where pages are followed and lists of long columns are short anyway, lists.
+    strips_ = (8 * members + blocks_ - 1) / blocks_;
+    strips_ = whole || members == 1 || strips_ < least ? least : strips_ < quads ? strips_ : quads;
+    // Two blocks at a time have half the sums to store for each column.
+    span_ = whole || (strips_ * blocks_ < 16 * members && members > 1) ? 1 : listed_columns / block_columns;
     begins_ = arena().take<int64_t>(strips_ + 1);
     for (int64_t k = 0; k <= strips_; ++k) begins_[k] = k == strips_ ? tiles_ : tiles_ * k / strips_ / 4 * 4;
     grades_ = arena().take<Grades>(batch * blocks_);
@@ -110,9 +108,9 @@ class Packed {
     const Grades g = ops_->grade(*w_, p_->w->in, x, first, rest < block_columns ? rest : block_columns,
                                  coefficients_ + row * coefficient_stride_ + first);
     grades_[at] = g;
-    int32_t planes = 0;
-    for (int p = 0; p < w_->planes; ++p) planes += int32_t(__builtin_popcountll(g.read[p]));
-    magnitudes_[at] = {g.sum, g.top, int32_t(__builtin_popcountll(g.read[0])), planes};
+    Magnitude m = {g.sum, g.top, {}, 0};
+    for (int p = 0; p < w_->planes; ++p) m.read[p] = uint8_t(__builtin_popcountll(g.read[p]));
+    magnitudes_[at] = m;
   }
 
   // After every block was graded.
@@ -120,12 +118,10 @@ class Packed {
     Found f = {};
     for (int64_t b = 0; b < batch_; ++b) f.unit[b] = unit_of(magnitudes_ + b * blocks_, blocks_);
     f.width = span_ * block_columns;
-    if (runs_) {
-      // So many columns that the planes read of them are the runs that are followed at a time: with more of them nothing is.
-      int64_t planes = 1;
-      for (int64_t k = 0; k < batch_ * blocks_; ++k) planes += magnitudes_[k].planes;
-      f.width = runs_ * batch_ * p_->w->in / planes / 8 * 8;
-      f.width = f.width < 8 ? 8 : f.width < block_columns ? f.width : block_columns;
+    if (const int64_t followed = pages_followed()) {
+      // As many columns as lie on so many pages: with more of them none is followed.
+      const int64_t width = int64_t(float(followed) / pages_of_column()) / 8 * 8;
+      f.width = width < 8 ? 8 : width < f.width ? width : f.width;
     }
     f.lists = (p_->w->in + f.width - 1) / f.width;
     return f;
@@ -208,6 +204,22 @@ class Packed {
   }
 
  private:
+  // Pages of 4 KB that are read at the same time, while a list is multiplied, to each of its columns: a column's part of a plane
+  // is a piece of one page at a time, and of those that lie on one page it is enough that one is read.
+  float pages_of_column() const {
+    const int64_t together = w_->stride < page ? (page + w_->stride / 2) / w_->stride : 1;
+    float pages = 1e-3f;
+    for (int p = 0; p < w_->planes; ++p) {
+      int64_t read = 0;
+      for (int64_t k = 0; k < batch_ * blocks_; ++k) read += magnitudes_[k].read[p];
+      const float unread = 1.0f - float(read) / float(batch_ * p_->w->in);
+      float none = 1.0f;
+      for (int64_t k = 0; k < together; ++k) none *= unread;
+      pages += (1.0f - none) / float(together);
+    }
+    return pages;
+  }
+
   int64_t centre_stride() const { return (tiles_ * tile_groups + 15) / 16 * 16; }
   // A task's sums, then its centres. Lines of two tasks lie far enough apart that no core fetches another's as a neighbour.
   int64_t task_stride() const { return batch_ * (tiles_ * tile_outputs + centre_stride()) + 1024; }
@@ -341,8 +353,8 @@ class Packed {
   int64_t batch_ = 0, tasks_ = 0;
   Slice own_ = {0, 0};
   int64_t groups_ = 0, blocks_ = 0, tiles_ = 0, strips_ = 0, coefficient_stride_ = 0;
-  int64_t runs_ = 0, span_ = 0;    // planes of a list's columns, on average; or, where that is 0, its blocks
-  int64_t* begins_ = nullptr;      // the strips' first tiles, and the end
+  int64_t span_ = 0;           // blocks of a list, at most
+  int64_t* begins_ = nullptr;  // the strips' first tiles, and the end
   Grades* grades_ = nullptr;       // [batch, blocks]
   Magnitude* magnitudes_ = nullptr;
   float* coefficients_ = nullptr;  // [batch, stride]

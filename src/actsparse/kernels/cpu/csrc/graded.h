@@ -53,7 +53,7 @@ extern const GradedOps* const graded_avx512;
 extern const GradedOps* const graded_neon;
 // Those for the instruction set in use.
 const GradedOps& graded_ops();
-// How many runs of lines this machine's prefetchers are expected to follow at a time; 0: none.
-int64_t runs_followed();
+// On how many pages at a time this machine's prefetchers are expected to follow what is read; 0: unknown.
+int64_t pages_followed();
 
 }  // namespace actsparse

@@ -52,17 +52,17 @@ const IsaOps* isa_at(int i) {  // best first
 
 std::atomic<const IsaOps*> selected{nullptr};
 
-// Intel's cores follow runs of lines with twice as many requests under way as they hold for instructions, up to some 48 runs at a
-// time. Measured on Xeons with AMX; AMD's were measured without such lists only.
-int32_t runs_of_this_machine() {
+// Intel's second cache follows what is read on some 48 pages at a time, with two to three times as many requests under way as
+// a core has for its instructions. Measured on Xeons with AMX; AMD's cores are not known to gain.
+int32_t pages_of_this_machine() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_is("intel")) return 40;
+  if (__builtin_cpu_is("intel")) return 42;
 #endif
   return 0;
 }
 
-std::atomic<int32_t> runs{runs_of_this_machine()};
+std::atomic<int32_t> pages{pages_of_this_machine()};
 
 char* aligned(size_t bytes) {
   void* p = nullptr;
@@ -94,7 +94,7 @@ const GradedOps& graded_ops() {
   return isa == isa_neon && graded_neon ? *graded_neon : *graded_scalar;
 }
 
-int64_t runs_followed() { return runs.load(std::memory_order_relaxed); }
+int64_t pages_followed() { return pages.load(std::memory_order_relaxed); }
 
 const ManyOps* many_ops() {
 #if defined(__x86_64__)
@@ -180,11 +180,11 @@ int32_t as_isa_select(const char* name) {
   return AS_EINVAL;
 }
 
-int32_t as_runs_followed(void) { return int32_t(runs_followed()); }
+int32_t as_pages_followed(void) { return int32_t(pages_followed()); }
 
-int32_t as_runs_select(int32_t n) {
+int32_t as_pages_select(int32_t n) {
   if (n < 0 || n > 256) return AS_EINVAL;
-  runs.store(n);
+  pages.store(n);
   return AS_OK;
 }
 
