@@ -131,7 +131,7 @@ def select_isa(name: str) -> None:
 
 
 def pages_followed() -> int:
-    """On how many pages of 4 KB at a time packed products expect this machine's prefetchers to follow what is read; 0: none (not known)."""
+    """On how many pages of 4 KB at a time packed products expect this machine to follow what is read; 0: unknown."""
     return int(library().as_pages_followed())
 
 
