@@ -140,6 +140,19 @@ def test_lists_are_as_long_as_pages_are_followed(isa: str, pages: None, threads:
             cpu.select_pages(wrong)
 
 
+@pytest.mark.parametrize(("out", "inputs", "followed"), [(32000, 128, 0), (65024, 64, 256)])
+def test_no_strip_is_longer_than_its_room(isa: str, pages: None, out: int, inputs: int, followed: int) -> None:
+    # 125 and 254 tiles, in two strips of at most 64 and 128; one thread has the longest.
+    case = Case(out, inputs, 4, outlier=100)
+    case.thresholds.zero_()
+    cpu.select_pages(followed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = case.native()
+    torch.set_num_threads(before)
+    assert np.array_equal(found.numpy(), whole_numbers(case))
+
+
 @pytest.mark.parametrize("stored", planes.STORED)
 def test_planes_that_are_not_needed_are_not_read(isa: str, stored: int) -> None:
     case = Case(330, 140, stored, rows=3)

@@ -82,7 +82,8 @@ class Packed {
     // Two blocks at a time have half the sums to store for each column.
     span_ = whole || (strips_ * blocks_ < 16 * members && members > 1) ? 1 : listed_columns / block_columns;
     begins_ = arena().take<int64_t>(strips_ + 1);
-    for (int64_t k = 0; k <= strips_; ++k) begins_[k] = k == strips_ ? tiles_ : tiles_ * k / strips_ / 4 * 4;
+    // Fours are shared out, not tiles: cuts rounded down to fours would make the last strip longer than its coefficients' room.
+    for (int64_t k = 0; k <= strips_; ++k) begins_[k] = k == strips_ ? tiles_ : quads * k / strips_ * 4;
     grades_ = arena().take<Grades>(batch * blocks_);
     magnitudes_ = arena().take<Magnitude>(batch * blocks_);
     coefficient_stride_ = padded(p_->w->in);
