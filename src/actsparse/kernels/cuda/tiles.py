@@ -105,7 +105,7 @@ def packed_of(tiles: Tiles, device: torch.device | str | None = None) -> Packed:
 
 
 def _moved(part: Tensor, device: torch.device) -> Tensor:
-    """A packed part [I, bytes] on another device: whole records at once where it is a view into them."""
+    """A packed part [I, bytes] on another device, without the room between its rows."""
     if part.device == device or part.is_contiguous():
         return part.to(device)
     return part.contiguous().to(device)

@@ -1,7 +1,7 @@
 // Products with packed matrices (graded.cpp) and what exists of them once per instruction set (graded_*.cpp).
 //
-// Columns are graded in blocks of 64, and added up in lists of one or two such blocks: what one batch row reads of them, columns
-// with most planes first, so that plane p is wanted of a prefix. Coefficients are whole numbers of one unit per product and row, so sums are exact
+// Columns are graded in blocks of 64, and added up in lists of 8 to 128 of them: what one batch row reads of them, columns with
+// most planes first, so that plane p is wanted of a prefix. Coefficients are whole numbers of one unit per product and row, so sums are exact
 // and do not depend on who adds what. Outputs are dealt with in tiles of 256, a 64-byte line of each plane of each column.
 #pragma once
 #include <stdint.h>
@@ -13,7 +13,7 @@ namespace actsparse {
 constexpr int64_t block_columns = 64, tile_outputs = 256, group_outputs = 64, tile_groups = 4, plane_line = 64;
 constexpr int64_t listed_columns = 2 * block_columns;  // at most
 constexpr int max_planes = 4;
-constexpr int64_t strip_tiles = 64;  // at most, so that a block's coefficients stay in cache
+constexpr int64_t strip_tiles = 64;  // at most, so that a list's coefficients stay in cache
 // A multiplier's largest value whose coefficient (255 k + 2^14) >> 15 fits eight bits; larger ones are added in two parts.
 constexpr int32_t max_multiplier = 16383;
 
@@ -23,6 +23,7 @@ struct Grades {
   float sum, top;             // of |coefficient| over the columns read, in a fixed order
 };
 
+// A list of columns, of which anything is read.
 struct Block {
   const as_packed* w;
   int64_t groups, tiles;     // in the strip; its last tile may have fewer than four groups
@@ -32,7 +33,7 @@ struct Block {
   int32_t multiplier[listed_columns + 4], centre[listed_columns + 4];
 };
 
-// Room for the coefficients of a block: four columns of one group to an int32.
+// Room for the coefficients of a list: four columns of one group to an int32.
 constexpr int64_t coefficient_room = (listed_columns / 4) * strip_tiles * tile_groups;
 
 struct GradedOps {

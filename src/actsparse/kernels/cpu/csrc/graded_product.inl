@@ -357,7 +357,7 @@ class Packed {
   Magnitude* magnitudes_ = nullptr;
   float* coefficients_ = nullptr;  // [batch, stride]
   Claims joined_;
-  Counter* next_ = nullptr;  // of each task's share, then how many blocks are done, and whose share is
+  Counter* next_ = nullptr;  // of each owner's share, then how many lists are done, and whose share is
   int32_t* sums_ = nullptr;  // of each task and row, with the centres
   bool* touched_ = nullptr;  // [tasks, strips]
 };
