@@ -48,6 +48,7 @@ lint: setup
 
 bench: setup
 	$(RUN)/python benchmarks/kernels.py
+	$(RUN)/python benchmarks/packed.py
 	$(RUN)/actsparse bench --shape llama-1b --method chess --sparsity 0.3,0.5,0.7
 
 wheel: setup
