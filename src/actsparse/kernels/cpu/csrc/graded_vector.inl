@@ -222,7 +222,7 @@ template <bool Requests, bool High>
 inline void add_tiles(const Block& b, const uint8_t* const* column, const int32_t* kept, const int32_t* coefficients,
                       int64_t stride, const Block* next, const Upper* upper, int32_t* sums) {
   const int64_t full = b.groups / tile_groups, wanted = tiles_ahead(b), far = wanted < b.tiles ? wanted : b.tiles;
-  Ahead ahead[max_planes];
+  Ahead ahead[max_planes] = {};
   for (int64_t t = 0; t < b.tiles; ++t) {
     if (Requests) {
       const bool same = t + far < b.tiles, other = !same && next && t + far - b.tiles < next->tiles;
